@@ -1,0 +1,190 @@
+"""Recipes: every setting of a run as pydantic models, their YAML, and the error a user can cause."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Objective = Literal["ntp", "nsp", "ntp+nsp"]
+Similarity = Literal["cosine", "dot"]
+
+
+class UserError(ValueError):
+    """An error its user can mend: what is wrong, the value received, what is allowed, what to do next, in one sentence.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+class Section(BaseModel):
+    """A part of a recipe. Unknown keys are errors; values are not changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ModelSection(Section):
+    """Which models are trained and how a state is compared with a passage."""
+
+    gen: str = "smollm2-135m"
+    """Gen: `smollm2-135m`, a Hugging Face name, a local folder, or a model folder of cosup."""
+    emb: str | None = None
+    """Emb_seq: as `gen`; without it, a copy of Gen's body."""
+    emb_layers: Annotated[int, Field(ge=1)] | None = None
+    """Keep only the first N layers of Emb_seq."""
+    similarity: Similarity = "cosine"
+    """How h and e(c) are compared."""
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    """tau in L_NSP."""
+
+
+class DataSection(Section):
+    """What is learnt from."""
+
+    folder: Path = Path()
+    """Where relative file names of this section start."""
+    train: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """JSONL files of examples, or of questions, which become examples by their task's rule."""
+    passages: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """JSONL files of the passages that they cite."""
+    max_tokens: Annotated[int, Field(ge=16)] = 1024
+    """Longest training sequence in tokens; a longer example is left out, and counted."""
+    max_passage_tokens: Annotated[int, Field(ge=8)] = 256
+    """Longest passage in tokens, embedded or inserted; a longer one is shortened, and counted."""
+
+    def resolve(self, path: Path) -> Path:
+        """`path` as it stands if absolute, else below `folder`."""
+        return path if path.is_absolute() else self.folder / path
+
+
+class TrainSection(Section):
+    """How it is learnt."""
+
+    objective: Objective = "ntp+nsp"
+    """Which losses are trained."""
+    lambda_: Annotated[float, Field(ge=0, alias="lambda")] = 1.0
+    """Weight of L_NSP in L = L_NTP + lambda * L_NSP."""
+    train_on_passages: bool = False
+    """Whether inserted tokens carry the ntp loss, as in the paper's released configuration."""
+    negatives: Annotated[int, Field(ge=0)] = 0
+    """Hard negatives taken from each citation's own list."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Examples in an optimisation step: their distinct passages are the candidates."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """AdamW's peak learning rate."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the run in which the rate rises linearly from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How it falls to 0 afterwards; `constant` does not."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Clipping, over Gen, Emb_seq and projection together."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the examples."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Ends earlier, after so many steps."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Ends earlier, after so many minutes; warm-up and schedule follow whichever limit comes first."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; `auto` takes bfloat16 where the hardware multiplies in it, else float32. Losses are float32."""
+    save_steps: Annotated[int, Field(ge=0)] = 0
+    """A checkpoint every so many steps; 0: none but the finished model."""
+    log_steps: Annotated[int, Field(ge=1)] = 5
+    """A line of metrics every so many steps."""
+    report_to: tuple[str, ...] = ()
+    """Trackers besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`."""
+    trainer: dict[str, Any] = {}
+    """Any other field of transformers.TrainingArguments."""
+
+
+class Recipe(Section):
+    """One training run."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.+-]+$")]
+    """Name of the run; its folder is `runs/<name>` unless `--out` says otherwise."""
+    seed: int = 0
+    """Everything random follows from it."""
+    model: ModelSection = ModelSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _refuse_settings_that_contradict(self) -> Self:
+        taken = {"gradient_accumulation_steps": "train.batch_size", "per_device_train_batch_size": "train.batch_size"}
+        for key, ours in taken.items():
+            if key in self.train.trainer:
+                raise ValueError(
+                    f"train.trainer.{key} would split the optimisation step and with it the candidates of nsp; "
+                    f"set {ours} instead"
+                )
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe and applies `a.b=value` overrides, whose values are YAML too.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (the nearest valid one is named), a value out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe at {path}: name a YAML file such as recipes/squad-cpu.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no settings: a recipe is a YAML mapping with at least `name` and `data`")
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw, origin=str(path))
+
+
+def parse_recipe(raw: Mapping[str, Any], *, origin: str = "the recipe") -> Recipe:
+    """Validates a mapping as a recipe; see `load_recipe` for what it raises."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as e:
+        raise UserError(f"{origin}: " + "; ".join(_explain(dict(error)) for error in e.errors())) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back equal."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r} is not of the form section.key=value, such as train.batch_size=8")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"--set {override!r}: {parent} is a value, not a section")
+    try:
+        raw[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {value!r} is not a YAML value") from None
+
+
+def _explain(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, list(_keys(Recipe)), n=1, cutoff=0.0)
+        return f"unknown key {where!r}; the nearest valid one is {near[0]!r}"
+    if error["type"] == "missing":
+        return f"the key {where!r} is missing"
+    reason = error["msg"].removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    return reason if not where else f"{where}: {reason}, not {error['input']!r}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        key = prefix + (field.alias or name)
+        yield key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, key + ".")
