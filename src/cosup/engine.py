@@ -8,7 +8,7 @@ a token that was just sampled, or `<passage> [Cs]` after a retrieval. Nothing is
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,18 +104,17 @@ class Engine:
     """
 
     def __init__(self, model: CoSupModel, index: Index, options: Options | None = None):
-        if index.fingerprint != model.fingerprint:
-            raise UserError(
-                f"the index was built by another model (fingerprint {index.fingerprint[:12] or 'none'}, the model's is "
-                f"{model.fingerprint[:12] or 'none'}); build it again with `cosup index build --model` and this model"
-            )
+        check_index(model, index)
         self.model, self.index, self.options = model, index, options or Options()
 
-    def generate(self, prompts: Sequence[str | Sequence[int]]) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], *, on_progress: Callable[[int], None] = lambda done: None
+    ) -> list[Response]:
         """Responses to prompts, in order.
 
         Args:
             prompts: questions, or ids from `Template.prompt`.
+            on_progress: is told how many responses are finished.
 
         Raises:
             UserError: a prompt is longer than the context.
@@ -124,6 +123,7 @@ class Engine:
         for request, event in self.events(prompts):
             if isinstance(event, Finished):
                 responses[request] = event.response
+                on_progress(len(responses))
         return [responses[request] for request in range(len(prompts))]
 
     def stream(self, prompt: str | Sequence[int]) -> Iterator[Event]:
@@ -148,6 +148,15 @@ class Engine:
                 "included: shorten the prompt"
             )
         return ids
+
+
+def check_index(model: CoSupModel, index: Index) -> None:
+    """Raises UserError if the index was built by another model."""
+    if index.fingerprint != model.fingerprint:
+        raise UserError(
+            f"the index was built by another model (fingerprint {index.fingerprint[:12] or 'none'}, this one's is "
+            f"{model.fingerprint[:12] or 'none'}); build it again with `cosup index build --model` and this model"
+        )
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from cosup import losses
 from cosup.config import ModelSection, Similarity, UserError
 from cosup.data import Passage
 from cosup.files import atomic_folder, sha256
-from cosup.template import Template, TemplateSettings, Tokenizer, with_control_tokens
+from cosup.template import IGNORED, Rendered, Template, TemplateSettings, Tokenizer, with_control_tokens
 
 FORMAT_VERSION = 1
 ATTENTION = "cosup"
@@ -206,7 +207,7 @@ class CoSupModel(nn.Module):
             folder: where; one that is there is replaced.
             card: text of the model card.
         """
-        with atomic_folder(folder) as new:
+        with atomic_folder(folder) as new, _quiet():
             self.gen.save_pretrained(new / "gen")
             self.template.tokenizer.save_pretrained(new / "gen")
             self.emb.save_pretrained(new / "emb")
@@ -300,6 +301,25 @@ class CoSupModel(nn.Module):
         return F.normalize(losses.accurate(x), dim=-1) if self.settings.similarity == "cosine" else x
 
 
+def pack(rows: Sequence[Rendered], *, labels: bool = True) -> Batch:
+    """Training sequences laid end to end.
+
+    Args:
+        rows: at least one.
+        labels: whether `ntp` is wanted.
+    """
+    batch: Batch = {
+        "gen_ids": torch.tensor([i for row in rows for i in row.ids]),
+        "gen_lengths": [len(row.ids) for row in rows],
+    }
+    if labels:
+        labels_S = torch.tensor([label for row in rows for label in row.labels])
+        # a state predicts the token after it; the first token of a sequence is never labelled
+        places_L = (labels_S != IGNORED).nonzero()[:, 0]
+        batch["label_positions"], batch["labels"] = places_L - 1, labels_S[places_L]
+    return batch
+
+
 def batches_by_tokens(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
     """Rows sorted by length, longest first, in groups of at most `tokens` tokens, or of one row."""
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
@@ -374,7 +394,8 @@ def _smollm2() -> Path:
         )
     source = Path(spec.submodule_search_locations[0])
     file = next(source.glob("*.gguf")).name
-    with atomic_folder(cache) as new, _quiet():
+    # the conversion draws a progress bar of its own, which nothing turns off
+    with atomic_folder(cache) as new, _quiet(), contextlib.redirect_stderr(io.StringIO()):
         # without dequantize=True the model refuses save_pretrained
         config = GgufConfig(dequantize=True)
         lm = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, quantization_config=config)
@@ -482,7 +503,7 @@ def _read_settings(folder: Path) -> ModelSettings:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading without progress bars and advice that is meant for other uses."""
+    """Loading and saving without progress bars and advice that is meant for other uses."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

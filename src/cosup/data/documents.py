@@ -204,21 +204,29 @@ class _Record(BaseModel):
 
 def _records(path: Path) -> Iterator[_Record]:
     with _explained(path), gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, data in enumerate(file, start=1):
+            line = _decoded(data, f"{path}:{number}")
             if line.strip():
                 yield _record(line, f"{path}:{number}")
 
 
-def _record(line: bytes, place: str) -> _Record:
+def _record(line: str, place: str) -> _Record:
     try:
-        return _Record.model_validate_json(_decoded(line, place))
+        return _Record.model_validate_json(line)
     except ValidationError as e:
-        first = e.errors()[0]
-        where = f"{first['loc'][0]}: " if first["loc"] else ""
         raise UserError(
-            f"{place}: {where}{first['msg'][:1].lower() + first['msg'][1:]}; each line must be an object such as "
+            f"{place}: {_reason(e)}; each line must be an object such as "
             '{"text": "...", "title": "...", "id": "..."}, of which only "text" is needed'
         ) from None
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    if not first["loc"]:
+        return message
+    value = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
+    return f"{first['loc'][0]}: {message}{value}"
 
 
 def _pieces_of_record(record: _Record, max_words: int) -> Iterator[_Piece]:

@@ -102,7 +102,7 @@ def read_squad(path: Path) -> tuple[list[Passage], list[Question]]:
 def _questions(paragraph: _Paragraph, passage: Passage) -> Iterator[Question]:
     for qa in paragraph.qas:
         answers = list(dict.fromkeys(answer.text for answer in qa.answers))
-        yield Question(qa.id, "squad", qa.question, answers=answers, gold=[passage.id])
+        yield Question(qa.id, "squad", " ".join(qa.question.split()), answers=answers, gold=[passage.id])
 
 
 def _passage_id(title: str, text: str) -> str:
@@ -129,9 +129,4 @@ def _reason(error: ValidationError) -> str:
         return f"{place} is missing; add it, or take the paragraph or question out"
     if place.endswith(".answers") and first["input"] == []:
         return f"{place} is empty; a question needs an answer, so take out the unanswerable ones of SQuAD v2"
-    return f"{place} is {_short(first['input'])}, but the {first['msg'][:1].lower() + first['msg'][1:]}"
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:60] + "…"
+    return f"{place} is {first['input']!r:.60}, but the {first['msg'][:1].lower() + first['msg'][1:]}"

@@ -6,7 +6,7 @@ before or the state after, and nothing else.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,9 @@ class FlatIndex:
     def __len__(self) -> int:
         return self.manifest.count
 
+    def __iter__(self) -> Iterator[Passage]:
+        return (_to_passage(row) for batch in self._table.to_batches() for row in batch.to_pylist())
+
     def search(self, queries_QD: Vectors, k: int, *, where: Mapping[str, Any] | None = None) -> list[list[Hit]]:
         """See `Index.search`."""
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
@@ -96,7 +99,7 @@ class FlatIndex:
     def get(self, ids: Sequence[str]) -> list[Passage]:
         """See `Index.get`."""
         found = self._table.take(pa.array([self._rows[id] for id in ids], pa.int64())).to_pylist()
-        return [Passage(row["id"], row["text"], row["title"], json.loads(row["meta"])) for row in found]
+        return [_to_passage(row) for row in found]
 
     def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
         """See `Index.add`. Writes the folder anew: cost grows with its size."""
@@ -180,6 +183,10 @@ def to_table(passages: Sequence[Passage]) -> pa.Table:
         },
         schema=pa.schema([(name, pa.string()) for name in ("id", "title", "text", "meta")]),
     )
+
+
+def _to_passage(row: Mapping[str, str]) -> Passage:
+    return Passage(row["id"], row["text"], row["title"], json.loads(row["meta"]))
 
 
 def _describe(path: Path) -> _File:

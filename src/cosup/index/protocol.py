@@ -1,6 +1,6 @@
 """What every index does, and what it is handed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,10 @@ class Index(Protocol):
 
     def __len__(self) -> int:
         """How many passages it holds."""
+        ...
+
+    def __iter__(self) -> Iterator[Passage]:
+        """All passages."""
         ...
 
     def search(self, queries_QD: Vectors, k: int, *, where: Mapping[str, Any] | None = None) -> list[list[Hit]]:

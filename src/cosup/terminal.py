@@ -1,0 +1,173 @@
+"""What a person sees in a terminal: progress, tables, and an answer as it is written."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cosup.data import Passage
+from cosup.engine import ClaimClosed, ClaimOpened, Event, Finished, Retrieved, Token
+from cosup.evaluate import LABELS, Evaluation, Figure
+from cosup.index import Hit
+from cosup.template import Response
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def counting(what: str, total: int | None, *, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar that is told how many are done, with the rate; on standard error, so that output can be piped."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+        progress.stop()
+        finished = progress.tasks[0]
+        seconds = finished.elapsed or 1e-9
+        err.print(f"{what}: {finished.completed:,.0f} {unit}, {finished.completed / seconds:,.1f} {unit}/s")
+
+
+def training_callback() -> Any:
+    """A transformers callback that shows a bar with both losses, accuracy, speed and time left."""
+    from transformers import TrainerCallback
+
+    class TrainingBar(TrainerCallback):
+        """The bar; where standard error is no terminal, a line each log."""
+
+        def __init__(self) -> None:
+            text = TextColumn("{task.fields[figures]}")
+            self._progress = Progress(SpinnerColumn(), TextColumn("training"), BarColumn(), text, console=err)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._task = self._progress.add_task("", total=1.0, figures="starting")
+            if err.is_terminal:
+                self._progress.start()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not logs or "progress" not in logs:
+                return
+            line = training_line(state.global_step, logs)
+            self._progress.update(self._task, completed=logs["progress"], figures=line)
+            if not err.is_terminal:
+                err.print(f"training {logs['progress']:4.0%}  {line}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._progress.stop()
+
+    return TrainingBar()
+
+
+def training_line(step: int, logs: Mapping[str, float]) -> str:
+    """Step, losses, accuracy, speed and time left in one line."""
+    parts = [f"step {step}"]
+    parts += [f"{name} {logs[name]:.3f}" for name in ("ntp", "nsp") if name in logs]
+    if "accuracy" in logs:
+        parts.append(f"accuracy {logs['accuracy']:.2f} of {logs['candidates']:.0f}")
+    parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    left = logs["minutes"] * (1 / logs["progress"] - 1) if logs["progress"] else 0.0
+    parts.append(f"{left:.1f} min left")
+    return "  ".join(parts)
+
+
+def show_settings(table: Mapping[str, str]) -> None:
+    """Names and values in two columns."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in table.items():
+        grid.add_row(f"[dim]{escape(name)}[/]", escape(value))
+    out.print(grid)
+
+
+def show_figures(columns: Mapping[str, Evaluation]) -> None:
+    """A table of figures, one column an evaluation, each figure with its count."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("n", justify="right", style="dim")
+    for name in columns:
+        table.add_column(name, justify="right")
+    last = list(columns.values())[-1]
+    for name, label in LABELS.items():
+        figures = [evaluation.figures[name] for evaluation in columns.values()]
+        table.add_row(label, f"{last.figures[name].count:,}", *map(_number, figures))
+    out.print(table)
+
+
+def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Passage]]) -> Response:
+    """Streams an answer: text as it comes, a mark at each retrieval, numbered citations, the passages underneath."""
+    numbers: dict[str, int] = {}
+    open_passage = ""
+    response = Response("")
+    for event in events:
+        if isinstance(event, Token) and not event.inserted:
+            out.print(escape(event.text), end="", soft_wrap=True)
+        elif isinstance(event, Retrieved):
+            out.print("[dim]⟨retrieves⟩[/] ", end="")
+        elif isinstance(event, ClaimOpened):
+            open_passage = event.passage_id
+        elif isinstance(event, ClaimClosed):
+            number = numbers.setdefault(open_passage, len(numbers) + 1)
+            out.print(f"[bold cyan]\\[{number}][/]", end=" ")
+        elif isinstance(event, Finished):
+            response = event.response
+    out.print()
+    scores = {claim.passage: claim.score for claim in reversed(response.claims)}
+    for passage in get(list(numbers)):
+        title = f"[bold]{escape(passage.title)}[/] " if passage.title else ""
+        score = f"{passage.id}, score {scores[passage.id]:.3f}"
+        out.print(f"\n[bold cyan]\\[{numbers[passage.id]}][/] {title}[dim]{escape(score)}[/]")
+        out.print(escape(passage.text))
+    if response.reason == "length":
+        err.print("[dim](stopped at the length limit)[/]")
+    return response
+
+
+def show_hits(hits: Sequence[Hit], passages: Sequence[Passage]) -> None:
+    """Passages found, best first, with their scores."""
+    for hit, passage in zip(hits, passages, strict=True):
+        out.print(f"[bold cyan]{hit.score:.3f}[/] [bold]{escape(passage.title)}[/] [dim]{escape(passage.id)}[/]")
+        out.print(escape(passage.text))
+
+
+def step(what: str) -> None:
+    """A heading of the demo."""
+    out.print(f"\n[bold]{escape(what)}[/]")
+
+
+def show_question(question: str) -> None:
+    """A question, before its answer."""
+    out.print(f"\n[bold magenta]?[/] {escape(question)}")
+
+
+def show_next_steps(folder: Path) -> None:
+    """Where the demo saved everything, and how to go on with one's own documents."""
+    out.print(
+        f"""
+[bold]Saved[/] in {folder}: worldfacts/ (data), run/ (recipe, metrics, curves.png, model), index/, before/, after/.
+
+[bold]With your own documents[/]
+  cosup ingest NOTES/ --out passages.jsonl
+  cosup index build --model {folder}/run --passages passages.jsonl --out my-index
+  cosup ask --model {folder}/run --index my-index "your question"
+""",
+        soft_wrap=True,
+    )
+
+
+def answer_json(question: str, response: Response, passages: Sequence[Passage], **more: str) -> str:
+    """An answer as one JSON object; `more` fields come first."""
+    fields = asdict(response)
+    fields["passages"] = [{"id": p.id, "title": p.title, "text": p.text, "meta": p.meta} for p in passages]
+    return json.dumps({**more, "question": question, **fields}, ensure_ascii=False)
+
+
+def _number(figure: Figure) -> str:
+    if figure.value is None:
+        return "-"
+    return f"{figure.value:.0f}" if float(figure.value).is_integer() and figure.value > 1 else f"{figure.value:.3f}"

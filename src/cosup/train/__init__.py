@@ -1,0 +1,19 @@
+"""Co-supervised training: batches, a transformers.Trainer with both losses, and a run from a recipe."""
+
+from cosup.train.collate import Collator, ExampleDataset, load_data
+from cosup.train.optimizer import MasterAdamW
+from cosup.train.run import plot_curves, remove_run, train_recipe
+from cosup.train.trainer import CoSupTrainer, objective_loss, rate_at
+
+__all__ = [
+    "Collator",
+    "CoSupTrainer",
+    "ExampleDataset",
+    "MasterAdamW",
+    "load_data",
+    "objective_loss",
+    "plot_curves",
+    "rate_at",
+    "remove_run",
+    "train_recipe",
+]

@@ -1,0 +1,123 @@
+"""Training data: read from the files of a recipe, rendered, and packed into batches.
+
+Shapes: S packed tokens, K retrieval positions, N candidates.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.utils.data import Dataset
+
+from cosup.config import Recipe, TrainSection, UserError
+from cosup.data import Example, Passage, kind_of, read_examples, read_passages, read_questions
+from cosup.data.convert import convert
+from cosup.model import Batch, pack
+from cosup.template import Rendered, Template
+
+
+class Collator:
+    """Renders examples and packs them into one step's `Batch`.
+
+    Args:
+        template: the model's.
+        passages: by id, all that the examples cite.
+        section: the recipe's `train`.
+    """
+
+    def __init__(self, template: Template, passages: Mapping[str, Passage], section: TrainSection):
+        self.template, self.passages, self.section = template, passages, section
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """The batch of these examples."""
+        rows = [self.render(example) for example in examples]
+        batch = pack(rows, labels="ntp" in self.section.objective.split("+"))
+        batch["example_ids"] = [example.id for example in examples]
+        if "nsp" in self.section.objective.split("+"):
+            self._add_candidates(batch, rows)
+        return batch
+
+    def render(self, example: Example) -> Rendered:
+        """The training sequence of one example."""
+        return self.template.render(example, self.passages, train_on_passages=self.section.train_on_passages)
+
+    def _add_candidates(self, batch: Batch, rows: list[Rendered]) -> None:
+        """The distinct passages of the whole step, golds first, and who may not count which as a negative."""
+        gold = [passage for row in rows for passage in row.gold]
+        if not gold:
+            return
+        hard = [n for row in rows for negatives in row.negatives for n in negatives[: self.section.negatives]]
+        column = {passage: j for j, passage in enumerate(dict.fromkeys([*gold, *hard]))}
+        ignore_KN = torch.zeros(len(gold), len(column), dtype=torch.bool)
+        for k, ignored in enumerate(passages for row in rows for passages in row.ignored):
+            ignore_KN[k, [column[p] for p in ignored if p in column]] = True
+        limit = self.template.settings.max_passage_tokens
+        sequences = [self.template.embedded(self.passages[p], max_tokens=limit) for p in column]
+        starts = accumulate((len(row.ids) for row in rows), initial=0)
+        batch["ret_positions"] = torch.tensor([start + t for start, row in zip(starts, rows, strict=False) for t in row.ret])
+        batch["emb_ids"] = torch.tensor([i for sequence in sequences for i in sequence])
+        batch["emb_lengths"] = [len(sequence) for sequence in sequences]
+        batch["gold"] = torch.tensor([column[passage] for passage in gold])
+        batch["ignore"] = ignore_KN
+
+
+class ExampleDataset(Dataset[Example]):
+    """Examples in memory; they are rendered when a batch needs them."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, row: int) -> Example:
+        return self._examples[row]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What a recipe's `data` names, read and checked.
+
+    Args:
+        examples: those that fit.
+        passages: by id.
+        left_out: how many questions or examples were not used, by reason.
+    """
+
+    examples: list[Example]
+    passages: dict[str, Passage]
+    left_out: Counter[str]
+
+
+def load_data(recipe: Recipe, template: Template) -> TrainingData:
+    """Reads the training data of a recipe.
+
+    Raises:
+        UserError: a file is missing or malformed, a citation leads nowhere, or nothing is left to train on.
+    """
+    section = recipe.data
+    passages = {p.id: p for p in read_passages(*map(section.resolve, section.passages))}
+    titles = {p.id: p.title for p in passages.values()}
+    left_out: Counter[str] = Counter()
+    examples: list[Example] = []
+    for path in map(section.resolve, section.train):
+        if kind_of(path) == "questions":
+            examples += convert(read_questions(path), passages=passages, titles=titles, left_out=left_out)
+        else:
+            examples += read_examples(path)
+    fitting = [example for example in examples if _fits(example, passages, template, section.max_tokens)]
+    if len(fitting) < len(examples):
+        left_out["longer than data.max_tokens"] = len(examples) - len(fitting)
+    if not fitting:
+        raise UserError(f"there is nothing to train on: {dict(left_out) or 'the files hold no examples'}")
+    return TrainingData(fitting, passages, left_out)
+
+
+def _fits(example: Example, passages: Mapping[str, Passage], template: Template, limit: int) -> bool:
+    """Whether the rendered example has at most `limit` tokens; short ones are not rendered to find out."""
+    room = sum(len(part.claim.encode()) + template.settings.max_passage_tokens + 3 for part in example.evidence)
+    if room + len(example.question.encode()) + 64 <= limit and len(example.evidence) == len(example.response):
+        return True
+    return len(template.render(example, passages).ids) <= limit

@@ -1,0 +1,171 @@
+"""A run: from a recipe to a folder with the resolved recipe, versions, metrics, curves and the model."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from cosup.config import Recipe, UserError, dump_recipe, load_recipe
+from cosup.files import atomic_file
+from cosup.model import CoSupModel, compute_dtype
+from cosup.template import TemplateSettings
+from cosup.train.collate import Collator, ExampleDataset, TrainingData, load_data
+from cosup.train.trainer import CoSupTrainer, MetricsFile
+
+logger = logging.getLogger(__name__)
+
+
+def train_recipe(
+    recipe: Recipe | Path | str,
+    out: Path | None = None,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_start: Callable[[dict[str, str]], None] = lambda table: None,
+) -> Path:
+    """Trains what a recipe says, or goes on where an interrupted run of it stopped; a finished run is left as it is.
+
+    Args:
+        recipe: a recipe, or the path of its YAML.
+        out: the run folder; `runs/<name>` without it.
+        callbacks: of transformers, for instance a progress bar.
+        on_start: is told what will be trained.
+
+    Returns:
+        The run folder, which holds `recipe.yaml`, `versions.json`, `metrics.jsonl`, `curves.png`, and the model in `model/`.
+
+    Raises:
+        UserError: the recipe or its data is wrong, the folder holds another recipe's run, or the loss is not finite.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    run = out or Path("runs") / recipe.name
+    _refuse_several_processes()
+    _claim(run, recipe)
+    if (run / "model" / "cosup.json").is_file():
+        return run
+    layout = TemplateSettings(max_passage_tokens=recipe.data.max_passage_tokens)
+    model = CoSupModel.start(recipe.model, seed=recipe.seed, template=layout)
+    data = load_data(recipe, model.template)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(compute_dtype(recipe.train.dtype, device))
+    on_start(_summary(recipe, model, data))
+    trainer = CoSupTrainer(
+        model,
+        examples=ExampleDataset(data.examples),
+        collator=Collator(model.template, data.passages, recipe.train),
+        section=recipe.train,
+        folder=run,
+        seed=recipe.seed,
+        callbacks=[*callbacks, MetricsFile(run / "metrics.jsonl")],
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+    if model.template.shortened:
+        logger.warning(
+            "%d passages were shortened to data.max_passage_tokens = %d",
+            len(model.template.shortened),
+            recipe.data.max_passage_tokens,
+        )
+    plot_curves(run)
+    model.save(run / "model", card=_card(recipe, trainer.state.log_history))
+    return run
+
+
+def remove_run(run: Path) -> None:
+    """Removes a run folder; one that `cosup train` did not write is refused."""
+    if run.exists():
+        if not (run / "recipe.yaml").is_file():
+            raise UserError(f"{run} is not a run folder, so it is not removed; name another with --out")
+        shutil.rmtree(run)
+
+
+def plot_curves(run: Path) -> None:
+    """Draws the losses and the in-batch retrieval accuracy of `metrics.jsonl` to `curves.png`."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    panels = {"ntp": "L_NTP (nats per token)", "nsp": "L_NSP (nats)", "accuracy": "in-batch retrieval accuracy"}
+    drawn = [name for name in panels if any(name in row for row in rows)]
+    figure = Figure(figsize=(4.2 * max(len(drawn), 1), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, max(len(drawn), 1), squeeze=False)[0], drawn, strict=False):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), color="#2458a6", linewidth=1.6)
+        axes.set(title=panels[name], xlabel="optimisation step", ylim=(0, 1.02) if name == "accuracy" else (0, None))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_file(run / "curves.png") as file:
+        figure.savefig(file, dpi=130, format="png")
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """Makes the run folder this recipe's, or refuses one that is another's."""
+    saved, text = run / "recipe.yaml", dump_recipe(recipe)
+    if saved.is_file():
+        if saved.read_text("utf-8") != text:
+            raise UserError(f"{run} holds a run of another recipe; name another folder with --out, or start over with --fresh")
+        return
+    with atomic_file(run / "versions.json") as file:
+        file.write((json.dumps(_versions(), indent=2) + "\n").encode())
+    with atomic_file(saved) as file:
+        file.write(text.encode())
+
+
+def _versions() -> dict[str, str]:
+    packages = ("cosup", "torch", "transformers", "accelerate", "numpy")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return {
+        **{package: importlib.metadata.version(package) for package in packages},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "git_commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def _last_checkpoint(run: Path) -> str | None:
+    checkpoints = run / "checkpoints"
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+
+
+def _refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "this version trains in one process, because candidates are not gathered over ranks yet: start it without "
+            "torchrun or accelerate launch"
+        )
+
+
+def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str, str]:
+    """What is shown before a run: what is trained, on what, for how long."""
+    section = recipe.train
+    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    limits = [f"{section.epochs:g} epochs", section.max_steps and f"{section.max_steps:,} steps"]
+    limits.append(section.max_minutes and f"{section.max_minutes:g} minutes")
+    table = {
+        "model": ", ".join(f"{name} {size:.0f}M" for name, size in millions.items()) + " parameters",
+        "objective": section.objective + (f", lambda {section.lambda_:g}" if section.objective == "ntp+nsp" else ""),
+        "examples": f"{len(data.examples):,} over {len(data.passages):,} passages, {section.batch_size} a step",
+        "until": " or ".join(limit for limit in limits if limit),
+        "computes in": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    if data.left_out:
+        table["left out"] = ", ".join(f"{count:,} ({reason})" for reason, count in data.left_out.items())
+    return table
+
+
+def _card(recipe: Recipe, history: list[dict[str, Any]]) -> str:
+    last = next((row for row in reversed(history) if "tokens_per_second" in row), {})
+    figures = "\n".join(f"- {name}: {last[name]:.3f}" for name in ("ntp", "nsp", "accuracy") if name in last)
+    return (
+        f"# {recipe.name}\n\nA model of `cosup`: `gen/` writes and retrieves, `emb/` embeds passages.\n\n"
+        f"Last logged, on training batches:\n\n{figures}\n\nRecipe:\n\n```yaml\n{dump_recipe(recipe)}```\n"
+    )

