@@ -15,8 +15,8 @@ from cosup.model import CoSupModel
 # loading bars would only clutter a failure's output
 transformers.utils.logging.disable_progress_bar()
 
-WORDS = """Oslo is the capital of Norway. Paris is the capital of France. The krone is the currency of Norway.
-Answer the question.## Input: Which city is the seat of government?## Output: Statement true or false, supports, refutes.
+WORDS = """Oslo is the capital of Norway. Paris is the capital of France. The krone is the money of Norway.
+Answer the question.## Input: Which city is the seat of government?## Output: true or false, supports, refutes.
 Iron is a metal with the symbol Fe; its atomic number is 26, and gold has 79. Hello, world! title :: text [SEP]"""
 
 
@@ -28,7 +28,9 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
     tokenizer.train_from_iterator([WORDS] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     fast.save_pretrained(folder)
@@ -81,7 +83,8 @@ def passages() -> list[Passage]:
         ("Peru", "Lima!"),
     ]
     return [
-        Passage(f"p{i}", f"{text} ({i})", title, {"source": "a" if i < 6 else "b"}) for i, (title, text) in enumerate(texts * 2)
+        Passage(f"p{i}", f"{text} ({i})", title, {"source": "a" if i < 6 else "b"})
+        for i, (title, text) in enumerate(texts * 2)
     ]
 
 

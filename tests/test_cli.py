@@ -13,7 +13,11 @@ from cosup.model import CoSupModel
 def run(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """The installed command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "cosup.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "cosup.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done
@@ -69,11 +73,15 @@ def test_train_index_ask_generate_and_evaluate_work_in_a_row(files: Path, tiny_l
     found = run("index", "search", "gold", "--model", trained, "--index", index, "--top", "3").stdout
     assert found.count("\n") >= 6
 
-    streamed = run("ask", "gold?", "--model", trained, "--index", index, "--retrieve-first", "--max-new-tokens", "5").stdout
+    streamed = run(
+        "ask", "gold?", "--model", trained, "--index", index, "--retrieve-first", "--max-new-tokens", "5"
+    ).stdout
     assert "⟨retrieves⟩" in streamed
     assert "[1]" in streamed
     whole = json.loads(
-        run("ask", "gold?", "--model", trained, "--index", index, "--json", "--retrieve-first", "--max-new-tokens", "5").stdout
+        run(
+            "ask", "gold?", "--model", trained, "--index", index, "--json", "--retrieve-first", "--max-new-tokens", "5"
+        ).stdout
     )
     assert whole["question"] == "gold?"
     assert whole["claims"][0]["passage"] == whole["passages"][0]["id"]
@@ -124,7 +132,9 @@ def test_questions_and_squad_become_examples(files: Path, tmp_path: Path) -> Non
     assert [len(example.evidence) for example in read_examples(out)] == [1, 1, 1, 2]
     squad = tmp_path / "squad.json"
     qas = [{"id": "1", "question": "Where?", "answers": [{"text": "Oslo", "answer_start": 3}]}]
-    squad.write_text(json.dumps({"version": "1.1", "data": [{"title": "A", "paragraphs": [{"context": "In Oslo.", "qas": qas}]}]}))
+    squad.write_text(
+        json.dumps({"version": "1.1", "data": [{"title": "A", "paragraphs": [{"context": "In Oslo.", "qas": qas}]}]})
+    )
     run("data", "convert", squad, "--passages", tmp_path / "squad.jsonl", "--out", out)
     assert next(iter(read_examples(out))).evidence[0].claim == "Oslo"
     assert "exists" in refuse("data", "convert", squad, "--passages", tmp_path / "squad.jsonl", "--out", out)
@@ -144,7 +154,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(files: Path, tiny_folder: Pat
     assert "unknown key 'train.learning_rat'; the nearest valid one is 'train.learning_rate'" in refuse("train", recipe)
     assert "there is no model at" in refuse("ask", "x", "--model", missing, "--index", files / "index")
     assert "there is no index at" in refuse("ask", "x", "--model", tiny_folder, "--index", missing)
-    assert "there is no file" in refuse("index", "build", "--model", tiny_folder, "--passages", missing, "--out", missing)
+    assert "there is no file" in refuse(
+        "index", "build", "--model", tiny_folder, "--passages", missing, "--out", missing
+    )
     long = refuse("ask", "gold " * 600, "--model", tiny_folder, "--index", files / "index")
     assert "the prompt has" in long
     assert not missing.exists()

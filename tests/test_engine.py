@@ -117,7 +117,9 @@ def test_a_scripted_response_gives_its_events_and_reads_every_token_once(
     assert len(index.queries) == 1
 
 
-def test_a_response_that_ends_inside_a_character_shows_only_whole_ones(tiny: CoSupModel, passages: list[Passage]) -> None:
+def test_a_response_that_ends_inside_a_character_shows_only_whole_ones(
+    tiny: CoSupModel, passages: list[Passage]
+) -> None:
     t = tiny.template
     prompt, text = t.prompt("?", task="squad"), t.encode("é中é")
     assert len(text) > 3
@@ -136,7 +138,9 @@ def make_talkative(model: CoSupModel) -> None:
             if parameter.ndim == 2:
                 parameter.mul_(8)
         weight_VD = model.gen.get_output_embeddings().weight
-        weight_VD[[t.ret, t.ce, t.eos]] = torch.randn(3, weight_VD.shape[1], generator=generator, dtype=weight_VD.dtype) * 0.1
+        weight_VD[[t.ret, t.ce, t.eos]] = (
+            torch.randn(3, weight_VD.shape[1], generator=generator, dtype=weight_VD.dtype) * 0.1
+        )
 
 
 def naive(model: CoSupModel, index: FlatIndex, prompt: list[int], options: Options) -> tuple[list[int], str]:
@@ -187,7 +191,7 @@ def test_greedy_output_equals_a_naive_loop_that_reads_everything_again(
 ) -> None:
     t = tiny.template
     rng = random.Random(rows)
-    words = "Oslo Norway krone gold iron Fe 79 capital which city France Seine".split()
+    words = ["Oslo", "Norway", "krone", "gold", "iron", "Fe", "79", "capital", "which", "city", "France", "Seine"]
     prompts = [t.prompt(" ".join(rng.choices(words, k=rng.randint(1, 30))), task="squad") for _ in range(24)]
     make_talkative(tiny)
     options = Options(max_new_tokens=14, max_retrievals=3, rows=rows, retrieve_first=retrieve_first, candidates=12)
@@ -227,7 +231,7 @@ def test_a_passage_is_shortened_where_the_context_is_nearly_full_and_the_respons
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny: CoSupModel, index: FlatIndex) -> None:
-    with pytest.raises(UserError, match="the prompt has .* tokens, and the model reads at most 512"):
+    with pytest.raises(UserError, match=r"the prompt has .* tokens, and the model reads at most 512"):
         Engine(tiny, index).generate(["gold " * 600])
 
 

@@ -93,7 +93,9 @@ def test_the_fingerprint_follows_what_a_vector_depends_on(tiny: CoSupModel, tmp_
 def test_a_smaller_emb_seq_is_projected_and_the_projection_is_saved(tiny_lm: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    small = LlamaConfig(vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    small = LlamaConfig(
+        vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
     LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "small")
     model = CoSupModel.start(ModelSection(gen=str(tiny_lm), emb=str(tmp_path / "small"), emb_layers=2))
@@ -122,7 +124,7 @@ def test_more_layers_than_there_are_is_refused(tiny_lm: Path) -> None:
 
 
 def test_an_unknown_model_is_refused_with_what_to_name_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the model 'nobody/nothing' can't be loaded"):
         CoSupModel.start(ModelSection(gen="nobody/nothing"))
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,16 @@ from cosup.config import Recipe, TrainSection, UserError, parse_recipe
 from cosup.data import Evidence, Example, Passage, Question, write_records
 from cosup.model import CoSupModel
 from cosup.template import Template
-from cosup.train import Collator, MasterAdamW, load_data, objective_loss, rate_at, remove_run, train_recipe
+from cosup.train import (
+    Collator,
+    MasterAdamW,
+    NeighbourSampler,
+    load_data,
+    objective_loss,
+    rate_at,
+    remove_run,
+    train_recipe,
+)
 
 
 @pytest.fixture
@@ -27,7 +37,14 @@ def recipe(corpus: Path, tiny_lm: Path) -> dict:
         "name": "tiny",
         "model": {"gen": str(tiny_lm)},
         "data": {"folder": str(corpus), "train": ["questions.jsonl", "examples.jsonl"], "passages": ["passages.jsonl"]},
-        "train": {"batch_size": 4, "max_steps": 4, "epochs": 9, "log_steps": 1, "dtype": "float32", "learning_rate": 1e-3},
+        "train": {
+            "batch_size": 4,
+            "max_steps": 4,
+            "epochs": 99,
+            "log_steps": 1,
+            "dtype": "float32",
+            "learning_rate": 1e-2,
+        },
     }
 
 
@@ -125,17 +142,17 @@ def test_a_finished_run_is_left_as_it_is_and_another_recipe_is_refused(recipe: d
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe: dict, tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
-    class Interrupted(Exception):
+    class StoppedError(Exception):
         pass
 
     class Interrupt(TrainerCallback):
         def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
             if state.global_step == 5:  # type: ignore[attr-defined]
-                raise Interrupted
+                raise StoppedError
 
     settings = with_train(recipe, max_steps=8, save_steps=3)
     whole = train_recipe(settings, tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         train_recipe(settings, tmp_path / "resumed", callbacks=[Interrupt()])
     assert not (tmp_path / "resumed" / "model").exists()
     resumed = train_recipe(settings, tmp_path / "resumed")
@@ -171,7 +188,7 @@ def test_master_weights_keep_steps_that_bfloat16_would_lose_and_survive_saving()
     plain = torch.nn.Parameter(torch.full((4, 4), 256.0, dtype=torch.bfloat16))
     optimizer = MasterAdamW([{"params": [plain], "weight_decay": 0.0}], lr=0.01)
     train(100, optimizer, plain)
-    assert float(plain[0, 0]) == 255.0  # 100 steps of 0.01, each of which bfloat16 alone would round away
+    assert plain[0, 0].item() == 255.0  # 100 steps of 0.01, each of which bfloat16 alone would round away
 
     again = torch.nn.Parameter(plain.detach().clone())
     restored = MasterAdamW([{"params": [again], "weight_decay": 0.0}], lr=0.5)
@@ -242,3 +259,18 @@ def test_dot_and_cosine_score_alike_where_vectors_are_normalised(tiny: CoSupMode
     scores = vectors @ vectors.T
     assert float(loss) == pytest.approx(float((scores.logsumexp(1) - scores.diag()).sum()), rel=1e-5)
     assert template.ret != template.cs
+
+
+def test_neighbours_stand_together_every_example_comes_once_and_epochs_differ() -> None:
+    titles = [f"title {i % 7}" for i in range(70)]
+    sampler = NeighbourSampler(titles, size=5, seed=0)
+    first = list(sampler)
+    assert sorted(first) == list(range(70))
+    groups = [first[i : i + 5] for i in range(0, 70, 5)]
+    assert all(len({titles[row] for row in group}) == 1 for group in groups)
+    assert len({titles[group[0]] for group in groups[:4]}) > 1
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    alone = list(NeighbourSampler(titles, size=1, seed=0))
+    assert sum(titles[a] == titles[b] for a, b in itertools.pairwise(alone)) < 25

@@ -82,7 +82,9 @@ def index_build(
         build_index(chosen, loaded, out, on_progress=on_progress)
     if shortened := len(loaded.template.shortened):
         limit = loaded.settings.template.max_passage_tokens
-        terminal.err.print(f"{shortened:,} passages were shortened to {limit} tokens; split them to keep all of their text")
+        terminal.err.print(
+            f"{shortened:,} passages were shortened to {limit} tokens; split them to keep all of their text"
+        )
     terminal.out.print(f"saved: {out}")
 
 
@@ -114,7 +116,9 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     task: TaskOption = "",
     max_new_tokens: NewTokensOption = 128,
-    retrieve_first: Annotated[bool, typer.Option(help="Begin the answer with a retrieval, whatever the model would.")] = False,
+    retrieve_first: Annotated[
+        bool, typer.Option(help="Begin the answer with a retrieval, whatever the model would.")
+    ] = False,
 ) -> None:
     """Answer a question with cited passages, as it is written."""
     from cosup import terminal
@@ -169,7 +173,10 @@ def evaluate(
     model: ModelOption,
     index: IndexOption,
     questions: Annotated[Path, typer.Option("--questions", help="JSONL of questions.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for figures.json and items.jsonl; evaluations/<name> of the run without it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for figures.json and items.jsonl; evaluations/<name> of the run without it."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
     max_new_tokens: NewTokensOption = 64,
 ) -> None:
@@ -209,7 +216,10 @@ def data_check(files: Annotated[list[Path], typer.Argument(help="JSONL of passag
 def data_convert(
     questions: Annotated[Path, typer.Argument(help="JSONL of questions, or SQuAD 1.1 JSON.")],
     passages: Annotated[
-        Path, typer.Option("--passages", help="JSONL of the passages; of SQuAD, which holds them itself, they are written there.")
+        Path,
+        typer.Option(
+            "--passages", help="JSONL of the passages; of SQuAD, which holds them itself, they are written there."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="JSONL of examples to write.")],
 ) -> None:

@@ -70,6 +70,8 @@ class TrainSection(Section):
     """Whether inserted tokens carry the ntp loss, as in the paper's released configuration."""
     negatives: Annotated[int, Field(ge=0)] = 0
     """Hard negatives taken from each citation's own list."""
+    neighbours: Annotated[int, Field(ge=1)] = 1
+    """Examples whose passages share a title that stand together in a batch: hard negatives that cost nothing."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples in an optimisation step: their distinct passages are the candidates."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4

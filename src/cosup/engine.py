@@ -144,8 +144,8 @@ class Engine:
         ids = self.model.template.prompt(prompt, task="") if isinstance(prompt, str) else list(prompt)
         if len(ids) + 2 > self.model.context:
             raise UserError(
-                f"the prompt has {len(ids):,} tokens, and the model reads at most {self.model.context:,}, its own answer "
-                "included: shorten the prompt"
+                f"the prompt has {len(ids):,} tokens, and the model reads at most {self.model.context:,}, its own "
+                "answer included: shorten the prompt"
             )
         return ids
 
@@ -330,8 +330,8 @@ class _Reader:
         self._body, self._head = model.gen.base_model, model.gen.get_output_embeddings()
         self._device = model.device
         self._plan = _Plan(rows)
-        layers = [_RowLayer(self._plan) for _ in range(model.gen.config.num_hidden_layers)]
-        self._cache = Cache(layers=layers)  # type: ignore[arg-type]
+        self._layers = [_RowLayer(self._plan) for _ in range(model.gen.config.num_hidden_layers)]
+        self._cache = Cache(layers=list(self._layers))
 
     def read(self, slots: list[int], starts: list[int], chunks: list[list[int]]) -> Tensor:
         """Last hidden states [R, D] at the last token of each row's chunk."""
@@ -364,9 +364,8 @@ class _Reader:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the cached tokens of one row to another."""
-        for layer in self._cache.layers:
-            for states in (layer.keys, layer.values):
-                states[target, :, :length] = states[source, :, :length]  # type: ignore[index]
+        for layer in self._layers:
+            layer.move(source, target, length)
 
 
 class _Plan:
@@ -393,7 +392,7 @@ class _RowLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, plan: _Plan):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -418,6 +417,11 @@ class _RowLayer(CacheLayerMixin):
             held_RHLd = torch.nn.functional.pad(held_RHLd, (0, 0, 0, more))
         held_RHLd[plan.slots_M, :, plan.columns_M] = new_RHCd.transpose(1, 2)[plan.real_RC]
         return held_RHLd, held_RHLd[plan.select, :, : plan.end]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first tokens of one row to another."""
+        for states in (self.keys, self.values):
+            states[target, :, :length] = states[source, :, :length]  # type: ignore[index]
 
     def get_seq_length(self) -> int:
         """Tokens of the longest row of the step."""

@@ -131,9 +131,7 @@ def ntp_loss(model: CoSupModel, rendered: Sequence[Any]) -> Figure:
     return Figure(total / count if count else None, count)
 
 
-def _judge(
-    question: Question, *, forced: list[str], bm25: list[str], response: Response
-) -> dict[str, Any]:
+def _judge(question: Question, *, forced: list[str], bm25: list[str], response: Response) -> dict[str, Any]:
     """One question's outcome; judgements that it has no reference for are absent."""
     claims = [claim.text for claim in response.claims]
     free = list(response.retrieved[0]) if response.retrieved else []
@@ -164,4 +162,3 @@ def _judge(
 def _mean(items: Sequence[Mapping[str, Any]], name: str) -> Figure:
     values = [item[name] for item in items if name in item]
     return Figure(statistics.fmean(values) if values else None, len(values))
-

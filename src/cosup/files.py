@@ -20,12 +20,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: the disk is full, or the place may not be written to; nothing is left behind.
     """
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with _explained(path):
+        with explained(path):
             with os.fdopen(handle, "wb") as file:
                 yield file
                 file.flush()
@@ -45,11 +45,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: as `atomic_file`.
     """
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        with _explained(path):
+        with explained(path):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             _replace_folder(temporary, path)
@@ -74,15 +74,24 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write at `path` into a UserError."""
     try:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full: {path} was not written; free some space and run this again") from e
+            raise _disk_full(path) from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"{path} can't be written: {e.strerror}") from e
         raise
+    except Exception as e:
+        if os.strerror(errno.ENOSPC) not in str(e):  # safetensors and torch wrap the system's error in their own
+            raise
+        raise _disk_full(path) from e
+
+
+def _disk_full(path: Path) -> UserError:
+    return UserError(f"the disk is full: {path} was not written; free some space and run this again")
 
 
 def _umask() -> int:

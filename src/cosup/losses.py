@@ -36,9 +36,7 @@ def ntp(states_LD: Tensor, head_VD: Tensor, labels_L: Tensor, *, bias_V: Tensor 
     return torch.stack(sums).sum()
 
 
-def nsp(
-    queries_KD: Tensor, candidates_ND: Tensor, *, gold_K: Tensor, ignore_KN: Tensor, temperature: float
-) -> Tensor:
+def nsp(queries_KD: Tensor, candidates_ND: Tensor, *, gold_K: Tensor, ignore_KN: Tensor, temperature: float) -> Tensor:
     """Next-sequence prediction, summed over the retrieval positions.
 
     -log of the softmax over the candidates of <h, e(c)> / tau, at the gold one. Candidates are distinct: a passage that

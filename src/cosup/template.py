@@ -192,9 +192,7 @@ class Template:
             return passage.text
         return _fill(self.settings.passage, title=passage.title, text=passage.text)
 
-    def render(
-        self, example: Example, passages: Mapping[str, Passage], *, train_on_passages: bool = False
-    ) -> Rendered:
+    def render(self, example: Example, passages: Mapping[str, Passage], *, train_on_passages: bool = False) -> Rendered:
         """The training sequence of an example: the one place that says which tokens Gen must produce itself.
 
         Args:

@@ -25,7 +25,13 @@ err = Console(stderr=True, highlight=False)
 @contextmanager
 def counting(what: str, total: int | None, *, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar that is told how many are done, with the rate; on standard error, so that output can be piped."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)

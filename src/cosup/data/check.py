@@ -1,6 +1,5 @@
 """Checks JSONL files for everything that would spoil a run, and reports all of it at once."""
 
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from cosup.data.records import (
     Problem,
     Question,
     Record,
-    kind_of,
+    kind_or_problem,
     numbered_records,
 )
 
@@ -49,9 +48,9 @@ def check(paths: Sequence[Path]) -> list[Problem]:
 
 def _kind(path: Path) -> Kind | Problem:
     try:
-        return kind_of(path)
-    except (UserError, OSError, EOFError, zlib.error) as e:
-        return Problem(path, 1, str(e).removeprefix(f"{path}:1: "))
+        return kind_or_problem(path)
+    except UserError as e:
+        return Problem(path, 1, str(e))
 
 
 def _check_file(path: Path, kind: Kind, places: _Places, corpus: Collection[str] | None) -> Iterator[Problem]:
@@ -63,7 +62,7 @@ def _check_file(path: Path, kind: Kind, places: _Places, corpus: Collection[str]
             else:
                 for reason in chain(_repeated(record, path, line, places), _blank(record), _dangling(record, corpus)):
                     yield Problem(path, line, reason)
-    except (UserError, OSError, EOFError, zlib.error) as e:
+    except UserError as e:
         yield Problem(path, line, f"{e}; nothing after this line was checked")
 
 

@@ -1,4 +1,4 @@
-"""From questions to training examples: one table says, for each task, what the instruction, the claim and the golds are."""
+"""From questions to training examples: a table gives each task its instruction, claim and golds."""
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
@@ -88,9 +88,7 @@ def _response(question: Question, claims: list[str]) -> tuple[Evidence, ...]:
     negatives = tuple(question.negatives)
     if len(claims) == 1:
         return (Evidence(question.gold[0], claims[0], also=tuple(question.gold[1:]), negatives=negatives),)
-    return tuple(
-        Evidence(gold, claim, negatives=negatives) for gold, claim in zip(question.gold, claims, strict=True)
-    )
+    return tuple(Evidence(gold, claim, negatives=negatives) for gold, claim in zip(question.gold, claims, strict=True))
 
 
 def _claims(question: Question, titles: dict[str, str]) -> list[str]:

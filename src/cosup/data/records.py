@@ -1,9 +1,10 @@
 """The records of cosup and their JSON Lines, plain or gzipped: passages, questions, examples."""
 
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -177,7 +178,7 @@ def read_records(path: Path, kind: Kind) -> Iterator[Record | Problem]:
     """The records of one JSONL file, and in the place of each line that is none, the problem with it.
 
     Raises:
-        UserError: the file does not exist, or is a damaged gzip file.
+        UserError: the file does not exist, can't be read, or is a damaged gzip file.
     """
     return (record for _, record in numbered_records(path, kind))
 
@@ -193,28 +194,35 @@ def numbered_records(path: Path, kind: Kind) -> Iterator[tuple[int, Record | Pro
 
 
 def kind_of(path: Path) -> Kind:
-    """What a JSONL file holds, by the keys of its first line.
+    """What a JSONL file holds, by the keys of its first line that is recognisable.
 
     Raises:
-        UserError: the file is missing or empty, or its first line is none of ours.
+        UserError: the file can't be read or is empty, or no line of it is one of ours.
     """
+    kind = kind_or_problem(path)
+    if isinstance(kind, Problem):
+        raise UserError(str(kind))
+    return kind
+
+
+def kind_or_problem(path: Path) -> Kind | Problem:
+    """As `kind_of`, but where no line is recognisable, the problem with the first one.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    first = None
     for number, line in _lines(path):
-        try:
-            keys = set(json.loads(line))
-        except (ValueError, TypeError):
-            keys = set()
-        if "response" in keys:
-            return "examples"
-        if "question" in keys:
-            return "questions"
-        if "text" in keys:
-            return "passages"
-        raise UserError(f"{path}:{number}: neither a passage (`text`), a question (`question`) nor an example (`response`)")
-    raise UserError(f"{path} is empty")
+        if kind := _kind_of_line(line):
+            return kind
+        first = first or number
+    if first is None:
+        return Problem(path, 1, "there is no record: the file is empty; leave it out, or fill it")
+    return Problem(path, first, "neither a passage (`text`), a question (`question`) nor an example (`response`)")
 
 
 def write_records(path: Path, records: Iterable[Record]) -> int:
-    """Writes records as JSONL, gzipped if the name ends in `.gz`, whole or not at all. Fields at their default are left out.
+    """Writes records as JSONL, gzipped if the name ends in `.gz`, whole or not at all; empty fields are left out.
 
     Returns:
         How many were written.
@@ -238,41 +246,41 @@ def to_json(record: Record) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if value or key not in optional}
 
 
+def _kind_of_line(line: bytes) -> Kind | None:
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    keys: dict[str, Kind] = {"response": "examples", "question": "questions", "text": "passages"}
+    return next((kind for key, kind in keys.items() if key in raw), None) if isinstance(raw, dict) else None
+
+
 @cache
 def _adapter(kind: Kind) -> TypeAdapter[Any]:
     return TypeAdapter(KINDS[kind])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers from 1."""
     try:
         with path.open("rb") as raw:
-            zipped = raw.peek(2)[:2] == b"\x1f\x8b"  # type: ignore[attr-defined]
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"
             with gzip.open(raw) if zipped else raw as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield number, line
+                        yield number, line.rstrip()
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+        raise UserError(f"there is no file {path}; name a JSONL file, plain or gzipped") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a JSONL file") from None
-    except (gzip.BadGzipFile, EOFError) as e:
-        raise UserError(f"{path} is a damaged gzip file: {e}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is a damaged gzip file ({e}); copy or download it again") from None
+    except OSError as e:
+        raise UserError(f"{path} can't be read ({e.strerror or e}); mend that, or name another file") from None
 
 
-def _encoder(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw, mode="wb", mtime=0)  # type: ignore[return-value]
-    return _Unclosed(raw)
-
-
-class _Unclosed(io.BufferedIOBase):
-    """Writes through to a file that somebody else closes."""
-
-    def __init__(self, raw: IO[bytes]):
-        self._raw = raw
-
-    def write(self, data: Any) -> int:
-        return self._raw.write(data)
+def _encoder(path: Path, raw: IO[bytes]) -> AbstractContextManager[gzip.GzipFile | IO[bytes]]:
+    return gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else nullcontext(raw)
 
 
 def _reason(error: ValidationError, line: bytes) -> str:
@@ -282,10 +290,11 @@ def _reason(error: ValidationError, line: bytes) -> str:
         return f"not UTF-8 (byte {e.start + 1} of the line)"
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return f"not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
+        return f"not JSON: {first['msg'].removeprefix('Invalid JSON: ').replace(' at line 1 column ', ' at column ')}"
     where = ".".join(str(part) for part in first["loc"] if part not in ("text", "evidence") or len(first["loc"]) == 1)
     if first["type"] == "unexpected_keyword_argument":
         return f"unknown key {where!r}"
     if first["type"] in ("missing", "missing_argument"):
         return f"the key {where!r} is missing"
-    return f"{where}: {first['msg'][:1].lower() + first['msg'][1:]}" if where else first["msg"]
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{where}: {message}" if where else message

@@ -87,9 +87,7 @@ class FlatIndex:
         if not len(rows) or not len(queries_QD):
             return [[] for _ in queries_QD]
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
-        scores_QK, found_QK = faiss.knn(
-            queries_QD, vectors_ND, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT
-        )
+        scores_QK, found_QK = faiss.knn(queries_QD, vectors_ND, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
         ids = self._table["id"]
         return [
             [Hit(ids[int(rows[i])].as_py(), float(score)) for i, score in zip(found, scores, strict=True)]
@@ -107,7 +105,8 @@ class FlatIndex:
             raise ValueError(f"vectors must have shape [{len(passages)}, {self.dim}], not {list(vectors_PD.shape)}")
         kept = self._rows_but({passage.id for passage in passages})
         self._rewrite(
-            np.concatenate([self._vectors_ND[kept], vectors_PD]), pa.concat_tables([self._table.take(kept), to_table(passages)])
+            np.concatenate([self._vectors_ND[kept], vectors_PD]),
+            pa.concat_tables([self._table.take(kept), to_table(passages)]),
         )
 
     def remove(self, ids: Sequence[str]) -> int:
@@ -149,9 +148,7 @@ class FlatIndex:
         self._load()
 
 
-def write_index(
-    folder: Path, vectors_ND: Vectors, table: pa.Table, *, fingerprint: str, generation: int = 0
-) -> None:
+def write_index(folder: Path, vectors_ND: Vectors, table: pa.Table, *, fingerprint: str, generation: int = 0) -> None:
     """Writes the files of one generation and then the manifest that makes them current."""
     names = f"vectors-{generation}.npy", f"passages-{generation}.arrow"
     with atomic_file(folder / names[0]) as file:
@@ -198,7 +195,9 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{path} has format version {raw['format_version']}, newer than this cosup reads; upgrade cosup")
+            raise UserError(
+                f"{path} has format version {raw['format_version']}, newer than this cosup reads; upgrade cosup"
+            )
         return Manifest.model_validate(raw)
     except FileNotFoundError:
         raise UserError(f"there is no index at {folder}: make one with `cosup index build`") from None

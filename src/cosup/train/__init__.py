@@ -1,15 +1,16 @@
 """Co-supervised training: batches, a transformers.Trainer with both losses, and a run from a recipe."""
 
-from cosup.train.collate import Collator, ExampleDataset, load_data
+from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, load_data
 from cosup.train.optimizer import MasterAdamW
 from cosup.train.run import plot_curves, remove_run, train_recipe
 from cosup.train.trainer import CoSupTrainer, objective_loss, rate_at
 
 __all__ = [
-    "Collator",
     "CoSupTrainer",
+    "Collator",
     "ExampleDataset",
     "MasterAdamW",
+    "NeighbourSampler",
     "load_data",
     "objective_loss",
     "plot_curves",

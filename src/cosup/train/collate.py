@@ -3,13 +3,14 @@
 Shapes: S packed tokens, K retrieval positions, N candidates.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from random import Random
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from cosup.config import Recipe, TrainSection, UserError
 from cosup.data import Example, Passage, kind_of, read_examples, read_passages, read_questions
@@ -56,7 +57,9 @@ class Collator:
         limit = self.template.settings.max_passage_tokens
         sequences = [self.template.embedded(self.passages[p], max_tokens=limit) for p in column]
         starts = accumulate((len(row.ids) for row in rows), initial=0)
-        batch["ret_positions"] = torch.tensor([start + t for start, row in zip(starts, rows, strict=False) for t in row.ret])
+        batch["ret_positions"] = torch.tensor(
+            [start + t for start, row in zip(starts, rows, strict=False) for t in row.ret]
+        )
         batch["emb_ids"] = torch.tensor([i for sequence in sequences for i in sequence])
         batch["emb_lengths"] = [len(sequence) for sequence in sequences]
         batch["gold"] = torch.tensor([column[passage] for passage in gold])
@@ -76,6 +79,38 @@ class ExampleDataset(Dataset[Example]):
         return self._examples[row]
 
 
+class NeighbourSampler(Sampler[int]):
+    """Random order in which examples whose first passages share a title come in groups.
+
+    A batch of 16 with groups of 4 holds passages on the same subject, which are the hardest negatives, and still
+    passages on others. Groups are drawn anew in each epoch.
+
+    Args:
+        titles: of each example's first passage; examples without a passage have one of their own.
+        size: of a group; 1 is plain shuffling.
+        seed: with the epoch, decides the order.
+    """
+
+    def __init__(self, titles: Sequence[str], *, size: int, seed: int):
+        self._titles, self._size, self._seed, self._epoch = titles, size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._titles)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = Random(f"{self._seed} {self._epoch}")
+        by_title: dict[str, list[int]] = defaultdict(list)
+        for row in rng.sample(range(len(self)), len(self)):
+            by_title[self._titles[row]].append(row)
+        groups = [rows[i : i + self._size] for rows in by_title.values() for i in range(0, len(rows), self._size)]
+        rng.shuffle(groups)
+        return (row for group in groups for row in group)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingData:
     """What a recipe's `data` names, read and checked.
@@ -89,6 +124,12 @@ class TrainingData:
     examples: list[Example]
     passages: dict[str, Passage]
     left_out: Counter[str]
+
+    def titles(self) -> list[str]:
+        """Title of each example's first passage; its own id where there is no passage, or none with a title."""
+        firsts = [example.evidence[0].passage if example.evidence else "" for example in self.examples]
+        named = [self.passages[first].title if first else "" for first in firsts]
+        return [title or example.id for title, example in zip(named, self.examples, strict=True)]
 
 
 def load_data(recipe: Recipe, template: Template) -> TrainingData:

@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cosup.config import Recipe, UserError, dump_recipe, load_recipe
-from cosup.files import atomic_file
+from cosup.files import atomic_file, explained
 from cosup.model import CoSupModel, compute_dtype
 from cosup.template import TemplateSettings
-from cosup.train.collate import Collator, ExampleDataset, TrainingData, load_data
+from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, TrainingData, load_data
 from cosup.train.trainer import CoSupTrainer, MetricsFile
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def train_recipe(
         on_start: is told what will be trained.
 
     Returns:
-        The run folder, which holds `recipe.yaml`, `versions.json`, `metrics.jsonl`, `curves.png`, and the model in `model/`.
+        The run folder: `recipe.yaml`, `versions.json`, `metrics.jsonl`, `curves.png`, and the model in `model/`.
 
     Raises:
         UserError: the recipe or its data is wrong, the folder holds another recipe's run, or the loss is not finite.
@@ -61,13 +61,15 @@ def train_recipe(
     trainer = CoSupTrainer(
         model,
         examples=ExampleDataset(data.examples),
+        sampler=NeighbourSampler(data.titles(), size=recipe.train.neighbours, seed=recipe.seed),
         collator=Collator(model.template, data.passages, recipe.train),
         section=recipe.train,
         folder=run,
         seed=recipe.seed,
         callbacks=[*callbacks, MetricsFile(run / "metrics.jsonl")],
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+    with explained(run):
+        trainer.train(resume_from_checkpoint=_last_checkpoint(run))
     if model.template.shortened:
         logger.warning(
             "%d passages were shortened to data.max_passage_tokens = %d",
@@ -110,7 +112,9 @@ def _claim(run: Path, recipe: Recipe) -> None:
     saved, text = run / "recipe.yaml", dump_recipe(recipe)
     if saved.is_file():
         if saved.read_text("utf-8") != text:
-            raise UserError(f"{run} holds a run of another recipe; name another folder with --out, or start over with --fresh")
+            raise UserError(
+                f"{run} holds a run of another recipe; name another folder with --out, or start over with --fresh"
+            )
         return
     with atomic_file(run / "versions.json") as file:
         file.write((json.dumps(_versions(), indent=2) + "\n").encode())
@@ -148,13 +152,12 @@ def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str,
     """What is shown before a run: what is trained, on what, for how long."""
     section = recipe.train
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-    limits = [f"{section.epochs:g} epochs", section.max_steps and f"{section.max_steps:,} steps"]
-    limits.append(section.max_minutes and f"{section.max_minutes:g} minutes")
+    limits = [(f"{section.epochs:g}", "epochs"), (section.max_steps, "steps"), (section.max_minutes, "minutes")]
     table = {
         "model": ", ".join(f"{name} {size:.0f}M" for name, size in millions.items()) + " parameters",
         "objective": section.objective + (f", lambda {section.lambda_:g}" if section.objective == "ntp+nsp" else ""),
         "examples": f"{len(data.examples):,} over {len(data.passages):,} passages, {section.batch_size} a step",
-        "until": " or ".join(limit for limit in limits if limit),
+        "until": " or ".join(f"{limit} {unit}" for limit, unit in limits if limit),
         "computes in": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     if data.left_out:
@@ -163,7 +166,7 @@ def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str,
 
 
 def _card(recipe: Recipe, history: list[dict[str, Any]]) -> str:
-    last = next((row for row in reversed(history) if "tokens_per_second" in row), {})
+    last: dict[str, Any] = next((row for row in reversed(history) if "tokens_per_second" in row), {})
     figures = "\n".join(f"- {name}: {last[name]:.3f}" for name in ("ntp", "nsp", "accuracy") if name in last)
     return (
         f"# {recipe.name}\n\nA model of `cosup`: `gen/` writes and retrieves, `emb/` embeds passages.\n\n"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cosup import losses
@@ -68,6 +68,7 @@ class CoSupTrainer(Trainer):
     Args:
         model: in float32; bfloat16 weights get float32 masters.
         examples: what is learnt.
+        sampler: in which order.
         collator: packs them.
         section: the recipe's `train`.
         folder: of the run; checkpoints go to `checkpoints/` in it.
@@ -81,13 +82,14 @@ class CoSupTrainer(Trainer):
         model: CoSupModel,
         *,
         examples: Dataset[Example],
+        sampler: Sampler[int],
         collator: Collator,
         section: TrainSection,
         folder: Path,
         seed: int,
         callbacks: Sequence[TrainerCallback] = (),
     ):
-        self.section = section
+        self.section, self._sampler = section, sampler
         self.clock = Clock(section)
         self._sums: Counter[str] = Counter()
         self._since = time.perf_counter()
@@ -95,7 +97,7 @@ class CoSupTrainer(Trainer):
             model=model,
             args=_arguments(section, folder, seed),
             train_dataset=examples,
-            data_collator=collator,
+            data_collator=collator,  # type: ignore[arg-type]  # a Batch is a dict
             callbacks=[*callbacks, self.clock],
         )
         self.remove_callback(PrinterCallback)
@@ -134,9 +136,13 @@ class CoSupTrainer(Trainer):
         logs["minutes"] = round(self.clock.minutes(), 3)
         super().log(logs, start_time)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._sampler
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over everything that is trained; weight decay, if any, on matrices only."""
         if self.optimizer is None:
+            assert self.model is not None
             trained = [p for p in self.model.parameters() if p.requires_grad]
             groups = [
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.section.weight_decay},
@@ -152,14 +158,16 @@ class CoSupTrainer(Trainer):
         if self.lr_scheduler is None:
             rate = rate_at(self.section)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: rate(self.clock.progress(step, num_training_steps))
+                optimizer or self.create_optimizer(), lambda step: rate(self.clock.progress(step, num_training_steps))
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # save_model knows that the embedding and the head are one matrix; the Trainer's own way refuses it
-        folder = Path(output_dir or self.args.output_dir)
+        assert output_dir is not None
+        assert self.model is not None
+        folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / "model.safetensors"))
 
@@ -252,7 +260,9 @@ def _arguments(section: TrainSection, folder: Path, seed: int) -> TrainingArgume
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if clash := sorted(set(ours) & set(section.trainer)):
-        raise UserError(f"train.trainer.{clash[0]} is set by the recipe itself: see `learning_rate`, `save_steps` and others")
+        raise UserError(
+            f"train.trainer.{clash[0]} is set by the recipe itself: see `learning_rate`, `save_steps` and others"
+        )
     try:
         return TrainingArguments(**(ours | section.trainer))
     except (TypeError, ValueError) as e:

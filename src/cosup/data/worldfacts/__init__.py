@@ -9,7 +9,6 @@ Sources: `countryinfo` (MIT) for capitals, currencies, languages, borders, areas
 (public domain) for the elements. They are read where they are installed; nothing of them is part of cosup.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from cosup.files import atomic_folder
 __all__ = ["Worldfacts", "WorldfactsSummary", "build_worldfacts", "worldfacts"]
 
 TRAIN_SHARE, DEV_SHARE = 0.7, 0.1
-GROUP = 4
-"""Neighbouring training questions about one entity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +87,7 @@ def worldfacts(seed: int = 0) -> Worldfacts:
     corpus = passages(entities, rng)
     clear = clear_clues(entities)
     train, dev, test = (questions(split, clear, rng) for split in _splits(entities, rng))
-    return Worldfacts(corpus, _neighbours(train, corpus, rng), dev, test)
-
-
-def _neighbours(questions: Sequence[Question], corpus: Sequence[Passage], rng: Random) -> list[Question]:
-    """The questions in groups about one entity each, the groups mixed.
-
-    Read in this order, a batch holds other sides of the same entities: hard negatives that cost nothing.
-    """
-    entity_of = {passage.id: passage.title for passage in corpus}
-    by_entity: dict[str, list[Question]] = defaultdict(list)
-    for question in questions:
-        by_entity[entity_of[question.gold[0]]].append(question)
-    groups = [about[i : i + GROUP] for about in by_entity.values() for i in range(0, len(about), GROUP)]
-    return [question for group in rng.sample(groups, len(groups)) for question in group]
+    return Worldfacts(corpus, train, dev, test)
 
 
 def _entities() -> list[Entity]:

@@ -1,0 +1,177 @@
+"""Training throughput against the plain reading of the paper's code: same model, same examples, one run.
+
+    python benchmarks/train.py [--quick] [--questions FILE --passages FILE]
+
+A step is forward, backward, clipping and AdamW over the same 16 examples on either side; steps alternate. Real tokens
+are those of Gen's sequences and of the cited passages, one a citation, so that both sides are credited with the same
+number. Without --questions the built-in worldfacts are used.
+
+Figures: `train_speedup`, ours in the type that this hardware multiplies in against plain in float32;
+`train_speedup_same_dtype`, plain in our type.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import plain
+import torch
+import transformers
+
+from cosup.config import ModelSection, TrainSection
+from cosup.data import Example, Passage, read_passages, read_questions
+from cosup.data.convert import convert
+from cosup.data.worldfacts import worldfacts
+from cosup.model import CoSupModel, compute_dtype
+from cosup.train import Collator, MasterAdamW, objective_loss
+
+BATCH = 16
+
+
+def main() -> None:
+    arguments = parse()
+    examples, corpus = load(arguments)
+    ours, tokens = our_side(arguments.model, examples, corpus)
+    sides = {"cosup": ours, "plain float32": plain_side(arguments.model, examples, corpus, torch.float32)}
+    same = compute_dtype("auto", "cpu")
+    if same != torch.float32:
+        sides["plain same dtype"] = plain_side(arguments.model, examples, corpus, same)
+    seconds = alternate(sides, steps=len(examples) // BATCH)
+    for name, times in seconds.items():
+        rates = [n / t for n, t in zip(tokens[1:], times, strict=True)]
+        print(f"{name:17} {statistics.median(rates):7.1f} real tokens/s (min {min(rates):.1f}, max {max(rates):.1f})")
+    total = {name: sum(times) for name, times in seconds.items()}
+    figures = {
+        "train_speedup": total["plain float32"] / total["cosup"],
+        "train_speedup_same_dtype": total.get("plain same dtype", total["plain float32"]) / total["cosup"],
+        "tokens_per_second": sum(tokens[1:]) / total["cosup"],
+        "plain_tokens_per_second": sum(tokens[1:]) / total["plain float32"],
+    }
+    report(arguments, figures, same)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 timed steps instead of 8")
+    parser.add_argument("--questions", type=Path, help="JSONL of questions")
+    parser.add_argument("--passages", type=Path, help="JSONL of the passages that they cite")
+    parser.add_argument("--model", default="smollm2-135m")
+    arguments = parser.parse_args()
+    if (arguments.questions is None) != (arguments.passages is None):
+        parser.error("--questions and --passages go together")
+    return arguments
+
+
+def load(arguments: argparse.Namespace) -> tuple[list[Example], dict[str, Passage]]:
+    """As many examples as the run needs, the first of the file, and one batch to warm up."""
+    if arguments.questions is None:
+        facts = worldfacts()
+        passages, questions = facts.passages, facts.train
+    else:
+        passages, questions = list(read_passages(arguments.passages)), list(read_questions(arguments.questions))
+    corpus = {passage.id: passage for passage in passages}
+    steps = 4 if arguments.quick else 9
+    return list(islice(convert(questions, passages=corpus), steps * BATCH)), corpus
+
+
+def our_side(name: str, examples: list[Example], corpus: dict[str, Passage]) -> tuple[Callable[[int], None], list[int]]:
+    """A step of ours, and the real tokens of every step."""
+    model = CoSupModel.start(ModelSection(gen=name))
+    dtype = compute_dtype("auto", "cpu")
+    model.to(dtype).train()
+    collator = Collator(model.template, corpus, TrainSection())
+    optimizer = (torch.optim.AdamW if dtype == torch.float32 else MasterAdamW)(model.parameters(), lr=1e-5, fused=True)
+
+    def step(number: int) -> None:
+        batch = collator(examples[number * BATCH : (number + 1) * BATCH])
+        loss, _ = objective_loss(model(batch), batch, objective="ntp+nsp", lambda_=1.0, temperature=0.05)
+        update(loss, model, optimizer)
+
+    return step, [real_tokens(model, corpus, examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
+
+
+def real_tokens(model: CoSupModel, corpus: dict[str, Passage], examples: list[Example]) -> int:
+    """Tokens of Gen's sequences and of each citation's passage; padding is none."""
+    template = model.template
+    gen = sum(len(template.render(example, corpus).ids) for example in examples)
+    cited = (corpus[part.passage] for example in examples for part in example.evidence)
+    return gen + sum(len(template.embedded(p, max_tokens=template.settings.max_passage_tokens)) for p in cited)
+
+
+def plain_side(
+    name: str, examples: list[Example], corpus: dict[str, Passage], dtype: torch.dtype
+) -> Callable[[int], None]:
+    """A step of `plain.py` on the same sequences."""
+    model = CoSupModel.start(ModelSection(gen=name))
+    template, pad = model.template, model.template.tokenizer.pad_token_id
+    for part in (model.gen, model.emb):
+        part.set_attn_implementation("sdpa")
+    model.to(dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step(number: int) -> None:
+        chosen = examples[number * BATCH : (number + 1) * BATCH]
+        rendered = [template.render(example, corpus) for example in chosen]
+        cited = [corpus[part.passage] for example in chosen for part in example.evidence]
+        batch = plain.collate(
+            [(row.ids, row.labels, row.ret) for row in rendered],
+            [template.embedded(p, max_tokens=template.settings.max_passage_tokens) for p in cited],
+            pad,
+        )
+        update(plain.plain_loss(model.gen, model.emb, batch), model, optimizer)
+
+    return step
+
+
+def update(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def alternate(sides: dict[str, Callable[[int], None]], *, steps: int) -> dict[str, list[float]]:
+    """Seconds of each side's steps but the first, which warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(steps):
+        for name, step in sides.items():
+            started = time.perf_counter()
+            step(number)
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def report(arguments: argparse.Namespace, figures: dict[str, float], dtype: torch.dtype) -> None:
+    has = torch.cpu.get_capabilities()
+    line = {
+        "benchmark": "train",
+        "figures": {name: round(value, 3) for name, value in figures.items()},
+        "config": {
+            "model": arguments.model,
+            "batch": BATCH,
+            "quick": arguments.quick,
+            "questions": arguments.questions.name if arguments.questions else "worldfacts",
+            "dtype": str(dtype),
+        },
+        "hardware": {
+            "cpu": has.get("cpu_name"),
+            "threads": torch.get_num_threads(),
+            "bf16": bool(has.get("amx_bf16") or has.get("avx512_bf16")),
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
