@@ -32,7 +32,7 @@ def demo_recipe(folder: Path, minutes: float) -> Recipe:
             "data": {"folder": str(folder), "train": ["train.jsonl"], "passages": ["passages.jsonl"]},
             "train": {
                 "max_minutes": minutes,
-                "learning_rate": 2e-4,
+                "learning_rate": 3e-4,
                 "epochs": 3,
                 "neighbours": 4,
             },
