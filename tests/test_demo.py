@@ -29,6 +29,7 @@ def tiny_as_smollm2(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_as_smollm2")
 def test_the_demo_shows_before_and_after_streams_five_answers_and_reuses_what_is_finished(tmp_path: Path) -> None:
     folder = tmp_path / "demo"

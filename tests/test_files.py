@@ -20,7 +20,7 @@ def _write_file(path, content=b"new", error=None):
 
 
 def _write_folder(path, content=b"new", error=None):
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, marker="part") as folder:
         (folder / "part").write_bytes(content)
         if error:
             raise error
@@ -55,7 +55,7 @@ def test_a_folder_appears_with_its_content_and_the_folders_above_it(tmp_path):
 @BOTH
 def test_nothing_is_at_the_path_until_the_block_ends(tmp_path, write):
     path = tmp_path / "out"
-    with (atomic_file if write is _write_file else atomic_folder)(path):
+    with atomic_file(path) if write is _write_file else atomic_folder(path, marker="part"):
         assert not path.exists()
     assert path.exists()
 
@@ -80,11 +80,11 @@ def test_the_old_file_stays_after_an_error_and_is_replaced_without_one(tmp_path)
 
 def test_the_old_folder_stays_after_an_error_and_is_replaced_without_one(tmp_path):
     path = tmp_path / "out"
-    path.mkdir()
+    _write_folder(path, b"old")
     (path / "other").write_bytes(b"old")
     with pytest.raises(ValueError, match="x"):
         _write_folder(path, error=ValueError("x"))
-    assert _tree(tmp_path) == {"out/other": b"old"}
+    assert _tree(tmp_path) == {"out/other": b"old", "out/part": b"old"}
     _write_folder(path)
     assert _tree(tmp_path) == {"out/part": b"new"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
@@ -151,10 +151,9 @@ def test_a_folder_in_the_place_of_a_file_is_an_error_of_the_user(tmp_path):
         _write_file(tmp_path / "out")
 
 
-@pytest.mark.xfail(strict=True, reason="whatever is at the path is moved away and deleted")
 def test_a_file_in_the_place_of_a_folder_is_an_error_of_the_user_and_stays(tmp_path):
     (tmp_path / "out").write_bytes(b"precious")
-    with pytest.raises(UserError, match="can't be written"):
+    with pytest.raises(UserError, match="not ours to replace"):
         _write_folder(tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"precious"
 
@@ -200,3 +199,14 @@ def test_writing_leaves_the_umask_as_it_was(tmp_path, umask):
 def test_the_digest_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_that_holds_other_things_is_never_replaced(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with (
+        pytest.raises(UserError, match="has no part, so it is not ours to replace"),
+        atomic_folder(tmp_path / "notes", marker="part"),
+    ):
+        pass
+    assert _tree(tmp_path) == {"notes/mine.txt": b"keep"}

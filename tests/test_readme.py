@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_readme_commands_run(place: Path) -> None:
     environment = os.environ | {
         "XDG_CACHE_HOME": str(place / "cache"),

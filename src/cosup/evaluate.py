@@ -45,7 +45,7 @@ class Evaluation:
 
     def save(self, folder: Path) -> None:
         """Writes `figures.json` and `items.jsonl`."""
-        with atomic_folder(folder) as new:
+        with atomic_folder(folder, marker="figures.json") as new:
             figures = {name: asdict(figure) for name, figure in self.figures.items()}
             (new / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
             lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in self.items)

@@ -37,14 +37,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
     """Gives an empty folder beside `path` and renames it to `path` when the block ends without an error.
 
-    A folder that was at `path` is replaced.
+    Args:
+        path: an earlier folder of the same kind that is there is replaced.
+        marker: the file by which that kind is known; a folder that holds other things is never replaced.
 
     Raises:
-        UserError: as `atomic_file`.
+        UserError: `path` holds something else, or as `atomic_file`.
     """
+    if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and has no {marker}, so it is not ours to replace; name another folder")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

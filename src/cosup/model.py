@@ -209,7 +209,7 @@ class CoSupModel(nn.Module):
             folder: where; one that is there is replaced.
             card: text of the model card.
         """
-        with atomic_folder(folder) as new, _quiet():
+        with atomic_folder(folder, marker="cosup.json") as new, _quiet():
             self.gen.save_pretrained(new / "gen")
             self.template.tokenizer.save_pretrained(new / "gen")
             self.emb.save_pretrained(new / "emb")
@@ -397,7 +397,7 @@ def _smollm2() -> Path:
     source = Path(spec.submodule_search_locations[0])
     file = next(source.glob("*.gguf")).name
     # the conversion draws a progress bar of its own, which nothing turns off
-    with atomic_folder(cache) as new, _quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with atomic_folder(cache, marker="config.json") as new, _quiet(), contextlib.redirect_stderr(io.StringIO()):
         # without dequantize=True the model refuses save_pretrained
         config = GgufConfig(dequantize=True)
         lm = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, quantization_config=config)

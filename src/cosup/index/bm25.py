@@ -1,10 +1,13 @@
 """BM25 over the same passages: the baseline that evaluations show beside the model."""
 
+import logging
 from collections.abc import Sequence
 
 import bm25s
 
 from cosup.data import Passage
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG for itself
 
 
 class BM25:

@@ -35,14 +35,14 @@ def build_index(
         UserError: there are no passages, one is too long for the model, or the disk is full.
     """
     vectors, tables, done = [], [], 0
-    for shard in _shards(passages):
-        vectors.append(embedder.embed_passages(shard))
-        tables.append(to_table(shard))
-        done += len(shard)
-        on_progress(done)
-    if not done:
-        raise UserError("the corpus is empty: name a file with at least one passage")
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, marker="index.json") as folder:
+        for shard in _shards(passages):
+            vectors.append(embedder.embed_passages(shard))
+            tables.append(to_table(shard))
+            done += len(shard)
+            on_progress(done)
+        if not done:
+            raise UserError("the corpus is empty: name a file with at least one passage")
         write_index(folder, np.concatenate(vectors), pa.concat_tables(tables), fingerprint=embedder.fingerprint)
     return FlatIndex(out)
 

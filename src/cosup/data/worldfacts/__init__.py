@@ -65,7 +65,7 @@ def build_worldfacts(out: Path, *, seed: int = 0) -> WorldfactsSummary:
         UserError: a data package is missing, or `out` can't be written.
     """
     data = worldfacts(seed)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, marker="passages.jsonl") as folder:
         write_records(folder / "passages.jsonl", data.passages)
         write_records(folder / "train.jsonl", data.train)
         write_records(folder / "dev.jsonl", data.dev)

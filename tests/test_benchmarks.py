@@ -1,0 +1,43 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_prints_every_figure_as_one_json_line(tiny_lm: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "train.py", "--quick", "--model", tiny_lm]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == "train"
+    assert set(line) == {"benchmark", "figures", "config", "hardware", "versions"}
+    assert {"train_speedup", "train_speedup_same_dtype"} <= set(line["figures"])
+    assert all(value > 0 for value in line["figures"].values())
+
+
+def test_both_sides_of_the_training_benchmark_read_the_same_tokens(
+    tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import train as benchmark  # type: ignore[import-not-found]
+
+    from cosup.data import Evidence, Example, Passage
+
+    corpus = {f"p{i}": Passage(f"p{i}", "gold " * (i + 1), "Title") for i in range(16)}
+    examples = [Example(str(i), "squad", "What?", (Evidence(f"p{i}", "gold"),)) for i in range(16)]
+    seen: dict[str, int] = {}
+    collate = benchmark.plain.collate
+
+    def counting(rows, passages, pad):  # type: ignore[no-untyped-def]
+        seen["plain"] = sum(len(row[0]) for row in rows) + sum(map(len, passages))
+        return collate(rows, passages, pad)
+
+    monkeypatch.setattr(benchmark.plain, "collate", counting)
+    _, (tokens,) = benchmark.our_side(str(tiny_lm), examples, corpus)
+    benchmark.plain_side(str(tiny_lm), examples, corpus, benchmark.torch.float32)(0)
+    assert seen["plain"] == tokens
