@@ -144,7 +144,6 @@ def test_an_error_that_no_user_can_mend_is_passed_on(tmp_path, write):
     assert not isinstance(caught.value, UserError)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="EISDIR is not among the errors that are explained")
 def test_a_folder_in_the_place_of_a_file_is_an_error_of_the_user(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="can't be written"):
@@ -158,7 +157,6 @@ def test_a_file_in_the_place_of_a_folder_is_an_error_of_the_user_and_stays(tmp_p
     assert (tmp_path / "out").read_bytes() == b"precious"
 
 
-@pytest.mark.xfail(strict=True, reason="the old folder is moved away first and not moved back")
 def test_the_old_folder_stays_if_the_new_one_can_not_take_its_place(tmp_path, monkeypatch):
     path = tmp_path / "out"
     _write_folder(path, b"old")

@@ -206,17 +206,15 @@ def test_a_change_that_fails_leaves_the_state_before(index, monkeypatch):
     for opened in (index, FlatIndex(index.folder)):
         assert list(opened) == _passages(12)
     index.add(*_new(("new", "fresh")))
-    FlatIndex(index.folder).verify()
+    FlatIndex(index.folder)  # checks every file
 
 
-@pytest.mark.xfail(strict=True, reason="passages that are added together are not compared with each other")
 def test_an_id_stands_once_even_if_it_is_added_twice_at_once(index):
     index.add(*_new(("new", "one"), ("new", "two")))
     assert index.remove(["new"]) == 1
     assert len(index) == 12
 
 
-@pytest.mark.xfail(strict=True, reason="the type of added vectors becomes that of the whole index")
 def test_vectors_in_double_precision_are_kept_in_single_precision(index):
     passages, vectors = _new(("new", "fresh"))
     size = index.manifest.vectors.bytes
@@ -268,18 +266,16 @@ def test_a_newer_format_is_refused_with_its_version(folder):
 
 
 @pytest.mark.parametrize("part", ["vectors", "passages"])
-def test_verifying_finds_a_single_flipped_bit_and_names_its_file(index, part):
-    index.verify()
+def test_opening_finds_a_single_flipped_bit_and_names_its_file(index, part):
     path = index.folder / getattr(index.manifest, part).name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.unlink()
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{path} is damaged: its checksum differs"):
-        index.verify()
+        FlatIndex(index.folder)
 
 
-@pytest.mark.xfail(strict=True, reason="only ArrowInvalid is caught when a file is opened, and the schema not checked")
 @pytest.mark.parametrize("place", [-20, -300, 300], ids=["footer", "schema in the footer", "head of a batch"])
 def test_a_passages_file_with_damaged_structure_is_named(index, place):
     path = index.folder / index.manifest.passages.name
@@ -290,7 +286,6 @@ def test_a_passages_file_with_damaged_structure_is_named(index, place):
     assert f"{path} is damaged" in _refused(index.folder)
 
 
-@pytest.mark.xfail(strict=True, reason="the shape in the vectors file is not compared with the manifest")
 @pytest.mark.parametrize("change", [{"dim": 4}, {"count": 3}])
 def test_a_manifest_that_contradicts_its_files_is_refused(folder, change):
     path = folder / "index.json"
@@ -373,9 +368,8 @@ def test_bm25_of_no_queries_is_empty_and_more_than_there_are_gives_all(passages)
     assert sorted(row) == sorted(passage.id for passage in passages)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeWarning, reason="bm25s divides by a number of words that is zero")
 @pytest.mark.parametrize("texts", [[], ["the of and"]], ids=["no passages", "stop words alone"])
 def test_bm25_of_nothing_to_match_finds_without_a_warning(texts):
     ids = [str(number) for number in range(len(texts))]
     bm25 = BM25([Passage(id, text) for id, text in zip(ids, texts, strict=True)])
-    assert bm25.search(["Norway"], 3) == [ids]
+    assert bm25.search(["Norway"], 3) == [[]]

@@ -135,7 +135,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no recipe at {path}: name a YAML file such as recipes/squad-cpu.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise UserError(f"the recipe {path} can't be read: {e.strerror}; name a YAML file") from None
+    except (yaml.YAMLError, ValueError) as e:  # yaml raises a bare ValueError for a date that is none
         raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds no settings: a recipe is a YAML mapping with at least `name` and `data`")
@@ -168,7 +170,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override!r}: {parent} is a value, not a section")
     try:
         raw[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {override!r}: {value!r} is not a YAML value") from None
 
 

@@ -73,7 +73,11 @@ def _replace_folder(new: Path, path: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
     path.rename(old / path.name)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except OSError:
+        (old / path.name).rename(path)
+        raise
     shutil.rmtree(old)
 
 
@@ -85,7 +89,7 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(path) from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             raise UserError(f"{path} can't be written: {e.strerror}") from e
         raise
     except Exception as e:

@@ -63,7 +63,7 @@ def training_callback() -> Any:
             line = training_line(state.global_step, logs)
             self._progress.update(self._task, completed=logs["progress"], figures=line)
             if not err.is_terminal:
-                err.print(f"training {logs['progress']:4.0%}  {line}")
+                err.print(f"training {logs['progress']:4.0%}  {line}", soft_wrap=True)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self._progress.stop()

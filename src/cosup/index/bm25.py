@@ -23,15 +23,21 @@ class BM25:
     def __init__(self, passages: Sequence[Passage]):
         self._ids = [passage.id for passage in passages]
         self._retriever = bm25s.BM25()
-        self._retriever.index(_tokens([f"{p.title} {p.text}" for p in passages]), show_progress=False)
+        tokens = _tokens([f"{p.title} {p.text}" for p in passages])
+        self._empty = not tokens.vocab or not any(tokens.ids)
+        if not self._empty:
+            self._retriever.index(tokens, show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[str]]:
-        """Ids of the k best passages of each query, best first."""
-        if not queries:
-            return []
+        """Ids of the k best passages of each query, best first; none that shares no word with it."""
+        if not queries or self._empty:
+            return [[] for _ in queries]
         k = min(k, len(self._ids))
-        rows, _ = self._retriever.retrieve(_tokens(list(queries)), k=k, show_progress=False)
-        return [[self._ids[int(row)] for row in found] for found in rows]
+        rows_QK, scores_QK = self._retriever.retrieve(_tokens(list(queries)), k=k, show_progress=False)
+        return [
+            [self._ids[int(row)] for row, score in zip(rows, scores, strict=True) if score > 0]
+            for rows, scores in zip(rows_QK, scores_QK, strict=True)
+        ]
 
 
 def _tokens(texts: list[str]) -> bm25s.tokenization.Tokenized:

@@ -35,8 +35,10 @@ def build_index(
         UserError: there are no passages, one is too long for the model, or the disk is full.
     """
     vectors, tables, done = [], [], 0
+    seen: set[str] = set()
     with atomic_folder(out, marker="index.json") as folder:
         for shard in _shards(passages):
+            _refuse_repeated(shard, seen)
             vectors.append(embedder.embed_passages(shard))
             tables.append(to_table(shard))
             done += len(shard)
@@ -45,6 +47,13 @@ def build_index(
             raise UserError("the corpus is empty: name a file with at least one passage")
         write_index(folder, np.concatenate(vectors), pa.concat_tables(tables), fingerprint=embedder.fingerprint)
     return FlatIndex(out)
+
+
+def _refuse_repeated(shard: list[Passage], seen: set[str]) -> None:
+    for passage in shard:
+        if passage.id in seen:
+            raise UserError(f"two passages have the id {passage.id!r}; ids must be distinct")
+        seen.add(passage.id)
 
 
 def _shards(passages: Iterable[Passage]) -> Iterator[list[Passage]]:

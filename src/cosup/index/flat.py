@@ -66,10 +66,11 @@ class FlatIndex:
     def _load(self) -> None:
         self.manifest = _read_manifest(self.folder)
         for file in (self.manifest.vectors, self.manifest.passages):
-            _check_size(self.folder / file.name, file.bytes)
+            _check_file(self.folder / file.name, file)
         self.fingerprint, self.dim = self.manifest.fingerprint, self.manifest.dim
         self._vectors_ND = _open_vectors(self.folder / self.manifest.vectors.name)
         self._table = _open_passages(self.folder / self.manifest.passages.name)
+        _check_shapes(self.folder / "index.json", self.manifest, self._vectors_ND, self._table)
         self.__dict__.pop("_rows", None)
 
     def __len__(self) -> int:
@@ -103,7 +104,9 @@ class FlatIndex:
         """See `Index.add`. Writes the folder anew: cost grows with its size."""
         if vectors_PD.shape != (len(passages), self.dim):
             raise ValueError(f"vectors must have shape [{len(passages)}, {self.dim}], not {list(vectors_PD.shape)}")
-        kept = self._rows_but({passage.id for passage in passages})
+        last = {passage.id: row for row, passage in enumerate(passages)}  # of an id that comes twice
+        passages, vectors_PD = [passages[row] for row in last.values()], vectors_PD[list(last.values())]
+        kept = self._rows_but(set(last))
         self._rewrite(
             np.concatenate([self._vectors_ND[kept], vectors_PD]),
             pa.concat_tables([self._table.take(kept), to_table(passages)]),
@@ -116,16 +119,6 @@ class FlatIndex:
         if removed:
             self._rewrite(self._vectors_ND[kept], self._table.take(kept))
         return removed
-
-    def verify(self) -> None:
-        """Reads every byte against its checksum.
-
-        Raises:
-            UserError: a damaged file, named.
-        """
-        for file in (self.manifest.vectors, self.manifest.passages):
-            if sha256(self.folder / file.name) != file.sha256:
-                raise UserError(f"{self.folder / file.name} is damaged: its checksum differs; build the index again")
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -152,7 +145,7 @@ def write_index(folder: Path, vectors_ND: Vectors, table: pa.Table, *, fingerpri
     """Writes the files of one generation and then the manifest that makes them current."""
     names = f"vectors-{generation}.npy", f"passages-{generation}.arrow"
     with atomic_file(folder / names[0]) as file:
-        np.save(file, vectors_ND, allow_pickle=False)
+        np.save(file, vectors_ND.astype(np.float32, copy=False), allow_pickle=False)
     with atomic_file(folder / names[1]) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=1 << 16)
     vectors, passages = (_describe(folder / name) for name in names)
@@ -207,11 +200,19 @@ def _read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is damaged ({str(e).splitlines()[0]}); build the index again") from None
 
 
-def _check_size(path: Path, size: int) -> None:
+def _check_file(path: Path, file: _File) -> None:
+    """Every byte is read once: a damaged offset in a mapped file could end the process."""
     actual = path.stat().st_size if path.is_file() else None
-    if actual != size:
-        state = "missing" if actual is None else f"{actual:,} bytes long where the manifest says {size:,}"
+    if actual != file.bytes:
+        state = "missing" if actual is None else f"{actual:,} bytes long where the manifest says {file.bytes:,}"
         raise UserError(f"{path} is {state}; build the index again")
+    if sha256(path) != file.sha256:
+        raise UserError(f"{path} is damaged: its checksum differs from the manifest's; build the index again")
+
+
+def _check_shapes(path: Path, manifest: Manifest, vectors_ND: Vectors, table: pa.Table) -> None:
+    if vectors_ND.shape != (manifest.count, manifest.dim) or len(table) != manifest.count:
+        raise UserError(f"{path} is damaged: it contradicts the files that it names; build the index again")
 
 
 def _open_vectors(path: Path) -> Vectors:
