@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cosup.config import UserError, load_recipe, parse_recipe
+from cosup.data import read_questions, write_records
 from cosup.data.worldfacts import build_worldfacts
 from cosup.demo import Demo, demo_recipe
 from cosup.model import CoSupModel
@@ -76,11 +77,12 @@ def test_the_worldfacts_recipe_is_the_training_of_the_demo() -> None:
 
 def test_smollm2_trains_saves_and_answers(tmp_path: Path) -> None:
     build_worldfacts(tmp_path / "facts")
+    write_records(tmp_path / "facts" / "few.jsonl", list(read_questions(tmp_path / "facts" / "train.jsonl"))[:2])
     recipe = parse_recipe(
         {
             "name": "few-steps",
-            "data": {"folder": str(tmp_path / "facts"), "train": ["train.jsonl"], "passages": ["passages.jsonl"]},
-            "train": {"batch_size": 2, "max_steps": 4, "log_steps": 1, "learning_rate": 1e-4},
+            "data": {"folder": str(tmp_path / "facts"), "train": ["few.jsonl"], "passages": ["passages.jsonl"]},
+            "train": {"batch_size": 2, "max_steps": 4, "epochs": 9, "log_steps": 1, "learning_rate": 1e-4},
         }
     )
     run = train_recipe(recipe, tmp_path / "run")

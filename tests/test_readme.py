@@ -70,9 +70,11 @@ def test_readme_commands_run(place: Path) -> None:
     assert {"demo", "train", "index", "ask", "generate", "evaluate", "ingest", "data"} <= set(ran)
 
 
+@pytest.mark.slow
 def test_readme_python_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    assert Path("runs/demo/run").is_dir(), "the commands come first: they make the model that is opened here"
     found = blocks("python")
     assert len(found) == 2
     for block in found:

@@ -284,7 +284,7 @@ def ingest(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Training budget in minutes.")] = 7.0,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training budget in minutes.")] = 7.2,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of reusing what is finished.")] = False,
 ) -> None:
     """Watch the whole method work on a real small model: before, training, after, five cited answers."""

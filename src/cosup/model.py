@@ -221,7 +221,7 @@ class CoSupModel(nn.Module):
             (new / "README.md").write_text(card, encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: Dtype = "auto", device: str | None = None) -> Self:
+    def load(cls, folder: Path | str, *, dtype: Dtype = "auto", device: str | None = None) -> Self:
         """Opens a model folder, or the finished model of a run folder, for inference.
 
         Args:
@@ -233,7 +233,7 @@ class CoSupModel(nn.Module):
             UserError: no model there, a newer format, a damaged `cosup.json`.
         """
         keep_freed_memory()
-        folder = find_model(folder)
+        folder = find_model(Path(folder))
         settings = _read_settings(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype = compute_dtype(dtype, device)

@@ -109,6 +109,11 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
     """Streams an answer: text as it comes, a mark at each retrieval, numbered citations, the passages underneath."""
     numbers: dict[str, int] = {}
     open_passage = ""
+
+    def cite() -> None:
+        number = numbers.setdefault(open_passage, len(numbers) + 1)
+        out.print(f"[bold cyan]\\[{number}][/]", end=" ")
+
     response = Response("")
     for event in events:
         if isinstance(event, Token) and not event.inserted:
@@ -118,10 +123,12 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
         elif isinstance(event, ClaimOpened):
             open_passage = event.passage_id
         elif isinstance(event, ClaimClosed):
-            number = numbers.setdefault(open_passage, len(numbers) + 1)
-            out.print(f"[bold cyan]\\[{number}][/]", end=" ")
+            cite()
+            open_passage = ""
         elif isinstance(event, Finished):
             response = event.response
+    if open_passage:  # the response ended inside a claim
+        cite()
     out.print()
     scores = {claim.passage: claim.score for claim in reversed(response.claims)}
     for passage in get(list(numbers)):

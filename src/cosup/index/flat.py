@@ -59,8 +59,8 @@ class FlatIndex:
         UserError: no index there, a newer format, a damaged or truncated file (named).
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
         self._load()
 
     def _load(self) -> None:

@@ -102,12 +102,12 @@ def _names_any(text: str, titles: Iterable[str]) -> bool:
 
 def _slot(ask: Ask, rng: Random) -> Question:
     text = f"{ask.entity.title} [SEP] {rng.choice(ask.relation.slots)}"
-    return Question(f"slot-{ask.id}", "worldfacts-slot", text, list(ask.fact.answers), [ask.passage])
+    return Question(f"slot-{ask.id}", "worldfacts-slot", text, list(ask.fact.answers), [ask.passage], _stated(ask))
 
 
 def _plain(ask: Ask, rng: Random) -> Question:
     text = _sentence(rng.choice(ask.relation.questions), name=ask.entity.name)
-    return Question(f"qa-{ask.id}", "worldfacts-qa", text, list(ask.fact.answers), [ask.passage])
+    return Question(f"qa-{ask.id}", "worldfacts-qa", text, list(ask.fact.answers), [ask.passage], _stated(ask))
 
 
 def _claims(asks: Sequence[Ask], rng: Random) -> list[Question]:
@@ -120,7 +120,14 @@ def _claim(ask: Ask, asks: Sequence[Ask], *, truth: bool, rng: Random) -> Questi
     value = ask.fact.text if truth else rng.choice(_other_values(ask, asks))
     text = _sentence(rng.choice(ask.relation.claims), name=ask.entity.name, value=value)
     label = "true" if truth else "false"
-    return Question(f"claim-{ask.id}", "worldfacts-claim", text, [label], [ask.passage], label=label)
+    verdict = [f"{ask.fact.text}, so {label}"]
+    return Question(f"claim-{ask.id}", "worldfacts-claim", text, [label], [ask.passage], verdict, label=label)
+
+
+def _stated(ask: Ask) -> list[str]:
+    """The fact as a sentence, where there is a wording for it: which of a passage's values is meant, and the value."""
+    named = {"name": ask.entity.name, "value": ask.fact.text}
+    return [_sentence(ask.relation.claims[0], **named)] if ask.relation.claims else []
 
 
 def _other_values(ask: Ask, asks: Sequence[Ask]) -> list[str]:
@@ -154,6 +161,7 @@ def _hop(entity: Entity, clue: Clue, ask: Ask, rng: Random) -> Question:
         question=_sentence(wording, name=clue.phrase.format(**named)),
         answers=list(ask.fact.answers),
         gold=[passage_id(entity, clue.side), ask.passage],
+        long_answers=_stated(ask),
         qa_pairs=[first, second],
     )
 
