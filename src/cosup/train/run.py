@@ -49,7 +49,7 @@ def train_recipe(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     run = out or Path("runs") / recipe.name
     _refuse_several_processes()
-    _claim(run, recipe)
+    _refuse_another(run, recipe)
     if (run / "model" / "cosup.json").is_file():
         return run
     layout = TemplateSettings(max_passage_tokens=recipe.data.max_passage_tokens)
@@ -57,6 +57,7 @@ def train_recipe(
     data = load_data(recipe, model.template)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(compute_dtype(recipe.train.dtype, device))
+    _claim(run, recipe)
     on_start(_summary(recipe, model, data))
     trainer = CoSupTrainer(
         model,
@@ -107,19 +108,22 @@ def plot_curves(run: Path) -> None:
         figure.savefig(file, dpi=130, format="png")
 
 
+def _refuse_another(run: Path, recipe: Recipe) -> None:
+    saved = run / "recipe.yaml"
+    if saved.is_file() and saved.read_text("utf-8") != dump_recipe(recipe):
+        raise UserError(
+            f"{run} holds a run of another recipe; name another folder with --out, or start over with --fresh"
+        )
+
+
 def _claim(run: Path, recipe: Recipe) -> None:
-    """Makes the run folder this recipe's, or refuses one that is another's."""
-    saved, text = run / "recipe.yaml", dump_recipe(recipe)
-    if saved.is_file():
-        if saved.read_text("utf-8") != text:
-            raise UserError(
-                f"{run} holds a run of another recipe; name another folder with --out, or start over with --fresh"
-            )
+    """Makes the run folder this recipe's; not before its data was read, so that a mistake there leaves nothing."""
+    if (run / "recipe.yaml").is_file():
         return
     with atomic_file(run / "versions.json") as file:
         file.write((json.dumps(_versions(), indent=2) + "\n").encode())
-    with atomic_file(saved) as file:
-        file.write(text.encode())
+    with atomic_file(run / "recipe.yaml") as file:
+        file.write(dump_recipe(recipe).encode())
 
 
 def _versions() -> dict[str, str]:
