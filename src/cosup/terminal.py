@@ -22,6 +22,14 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+_CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))  # tab and newline are shown as they are
+
+
+def harmless(text: str) -> str:
+    """Text of users, documents and models with its control codes replaced, so that it can't steer the terminal."""
+    return text.translate(dict.fromkeys(_CONTROL_CODES, "\N{REPLACEMENT CHARACTER}"))
+
+
 @contextmanager
 def counting(what: str, total: int | None, *, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar that is told how many are done, with the rate; on standard error, so that output can be piped."""
@@ -117,7 +125,7 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
     response = Response("")
     for event in events:
         if isinstance(event, Token) and not event.inserted:
-            out.print(escape(event.text), end="", soft_wrap=True)
+            out.print(harmless(event.text), end="", soft_wrap=True, markup=False)
         elif isinstance(event, Retrieved):
             out.print("[dim]⟨retrieves⟩[/] ", end="")
         elif isinstance(event, ClaimOpened):
@@ -132,10 +140,10 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
     out.print()
     scores = {claim.passage: claim.score for claim in reversed(response.claims)}
     for passage in get(list(numbers)):
-        title = f"[bold]{escape(passage.title)}[/] " if passage.title else ""
+        title = f"[bold]{escape(harmless(passage.title))}[/] " if passage.title else ""
         score = f"{passage.id}, score {scores[passage.id]:.3f}"
-        out.print(f"\n[bold cyan]\\[{numbers[passage.id]}][/] {title}[dim]{escape(score)}[/]")
-        out.print(escape(passage.text))
+        out.print(f"\n[bold cyan]\\[{numbers[passage.id]}][/] {title}[dim]{escape(harmless(score))}[/]")
+        out.print(harmless(passage.text), markup=False)
     if response.reason == "length":
         err.print("[dim](stopped at the length limit)[/]")
     return response
@@ -144,8 +152,10 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
 def show_hits(hits: Sequence[Hit], passages: Sequence[Passage]) -> None:
     """Passages found, best first, with their scores."""
     for hit, passage in zip(hits, passages, strict=True):
-        out.print(f"[bold cyan]{hit.score:.3f}[/] [bold]{escape(passage.title)}[/] [dim]{escape(passage.id)}[/]")
-        out.print(escape(passage.text))
+        out.print(
+            f"[bold cyan]{hit.score:.3f}[/] [bold]{escape(harmless(passage.title))}[/] [dim]{escape(harmless(passage.id))}[/]"
+        )
+        out.print(harmless(passage.text), markup=False)
 
 
 def step(what: str) -> None:
@@ -155,7 +165,7 @@ def step(what: str) -> None:
 
 def show_question(question: str) -> None:
     """A question, before its answer."""
-    out.print(f"\n[bold magenta]?[/] {escape(question)}")
+    out.print(f"\n[bold magenta]?[/] {escape(harmless(question))}")
 
 
 def show_next_steps(folder: Path) -> None:

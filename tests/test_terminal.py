@@ -1,0 +1,62 @@
+import io
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from cosup import terminal
+from cosup.data import Passage
+from cosup.engine import ClaimClosed, ClaimOpened, Event, Finished, Inserted, Retrieved, Token
+from cosup.index import Hit
+from cosup.template import Claim, Response
+
+EVIL = "\x1b[2Jgone [bold]not markup[/] \\"
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "out", Console(file=screen, highlight=False, width=100))
+    return screen
+
+
+def events(text: str, *, closed: bool) -> Iterator[Event]:
+    hit = Hit("p1", 0.5)
+    yield Retrieved((hit,))
+    yield Inserted("p1")
+    yield ClaimOpened("p1")
+    yield Token("passage that is not shown here", 1, inserted=True)
+    yield Token(text, 2, inserted=False)
+    if closed:
+        yield ClaimClosed(0, len(text))
+    yield Finished("stop", Response(text, (Claim(text, 0, len(text), "p1", 0.5),), retrieved=(("p1",),)))
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_an_answer_is_shown_with_its_mark_its_number_and_its_passage(shown: io.StringIO, closed: bool) -> None:
+    terminal.show_answer(events("Oslo", closed=closed), lambda ids: [Passage(id, "The text.", "Norway") for id in ids])
+    lines = shown.getvalue().splitlines()
+    assert lines[0].rstrip() == "⟨retrieves⟩ Oslo[1]"
+    assert lines[2:] == ["[1] Norway p1, score 0.500", "The text."]
+
+
+def test_what_models_and_documents_write_neither_steers_the_terminal_nor_is_markup(shown: io.StringIO) -> None:
+    terminal.show_answer(events(EVIL, closed=True), lambda ids: [Passage("p1", EVIL, EVIL)])
+    terminal.show_question(EVIL)
+    terminal.show_hits([Hit("p1", 1.0)], [Passage("p1", EVIL, EVIL)])
+    assert "\x1b" not in shown.getvalue()
+    assert shown.getvalue().count("gone [bold]not markup[/] \\") == 6
+
+
+def test_a_line_of_training_tells_losses_accuracy_speed_and_time_left() -> None:
+    logs = {
+        "ntp": 1.5,
+        "nsp": 0.25,
+        "accuracy": 0.5,
+        "candidates": 16.0,
+        "tokens_per_second": 1234.0,
+        "minutes": 2.0,
+        "progress": 0.25,
+    }
+    line = terminal.training_line(7, logs)
+    assert line == "step 7  ntp 1.500  nsp 0.250  accuracy 0.50 of 16  1,234 tokens/s  6.0 min left"
