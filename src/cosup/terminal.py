@@ -152,9 +152,8 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
 def show_hits(hits: Sequence[Hit], passages: Sequence[Passage]) -> None:
     """Passages found, best first, with their scores."""
     for hit, passage in zip(hits, passages, strict=True):
-        out.print(
-            f"[bold cyan]{hit.score:.3f}[/] [bold]{escape(harmless(passage.title))}[/] [dim]{escape(harmless(passage.id))}[/]"
-        )
+        title, id = escape(harmless(passage.title)), escape(harmless(passage.id))
+        out.print(f"[bold cyan]{hit.score:.3f}[/] [bold]{title}[/] [dim]{id}[/]")
         out.print(harmless(passage.text), markup=False)
 
 
