@@ -9,8 +9,9 @@ from cosup.data.records import Evidence, Example, QAPair, Question
 PASSAGES = {"p1", "p2", "p3", "n1"}
 TITLES = {"p1": "One", "p2": "Two", "p3": "Three"}
 ALTERNATIVES = sorted(task for task, rule in TASKS.items() if rule.golds == "alternatives" and rule.claim == "answer")
-HOPS = sorted(task for task, rule in TASKS.items() if rule.golds == "hops")
-LONG = sorted(task for task, rule in TASKS.items() if rule.claim == "long_answer")
+HOPS = sorted(task for task, rule in TASKS.items() if rule.golds == "hops" and rule.claim == "answer")
+LONG = sorted(task for task, rule in TASKS.items() if rule.golds == "alternatives" and rule.claim == "long_answer")
+LONG_HOPS = ["worldfacts-hop"]
 
 
 def _question(task="squad", **fields):
@@ -24,10 +25,10 @@ def _response(question, **options):
 
 
 def test_every_task_is_of_one_of_the_kinds_tested_here():
-    assert sorted([*ALTERNATIVES, *HOPS, *LONG]) == sorted(TASKS)
-    assert {"fever", "fm2", "worldfacts-claim"} <= set(ALTERNATIVES)
+    assert sorted([*ALTERNATIVES, *HOPS, *LONG, *LONG_HOPS]) == sorted(TASKS)
+    assert {"fever", "fm2"} <= set(ALTERNATIVES)
     assert {"hotpotqa", "musique"} <= set(HOPS)
-    assert {"asqa", "eli5"} == set(LONG)
+    assert set(LONG) == {"asqa", "eli5", "worldfacts-slot", "worldfacts-qa", "worldfacts-claim"}
 
 
 # One retrieval
@@ -67,6 +68,12 @@ def test_negatives_go_with_every_retrieval():
 def test_a_hop_without_its_own_answer_claims_the_title_that_it_leads_to(task):
     hops = _response(_question(task, gold=["p3", "p1", "p2"]), titles=TITLES)
     assert hops == (Evidence("p3", "One"), Evidence("p1", "Two"), Evidence("p2", "first"))
+
+
+@pytest.mark.parametrize("task", LONG_HOPS)
+def test_the_last_hop_of_a_task_that_states_its_answer_claims_the_long_answer(task):
+    hops = _response(_question(task, gold=["p3", "p1"], long_answers=["a sentence"]), titles=TITLES)
+    assert hops == (Evidence("p3", "One"), Evidence("p1", "a sentence"))
 
 
 def test_hops_with_an_answer_each_claim_it_and_end_with_the_answer_of_the_question():

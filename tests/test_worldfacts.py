@@ -254,3 +254,10 @@ def test_a_missing_package_names_the_command_and_writes_nothing(tmp_path: Path, 
     with pytest.raises(UserError, match=rf"{package}.*pip install 'cosup\[worldfacts\]'"):
         build_worldfacts(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_every_question_has_a_statement_that_holds_its_answer(everything):
+    for question in everything:
+        (statement,) = question.long_answers
+        assert normal(question.answers[0]) in normal(statement), question
+        assert len(statement.split()) <= 20

@@ -15,7 +15,7 @@ class TaskRule:
 
     Args:
         instruction: what Gen is told before the question.
-        claim: what it is to write: the first short answer, or the first long one where there is one.
+        claim: what it is to write: the first short answer, or the first long one.
         golds: whether several gold passages are alternatives, any of which will do, or hops, all needed in order.
     """
 
@@ -94,7 +94,7 @@ def _response(question: Question, claims: list[str]) -> tuple[Evidence, ...]:
 def _claims(question: Question, titles: dict[str, str]) -> list[str]:
     """One claim a retrieval; none if the question can't be answered."""
     rule = rule_of(question.task)
-    final = (question.long_answers if rule.claim == "long_answer" else []) or question.answers
+    final = question.long_answers if rule.claim == "long_answer" else question.answers
     if not final:
         return []
     if rule.golds == "alternatives" or len(question.gold) < 2:
