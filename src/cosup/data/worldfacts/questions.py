@@ -125,9 +125,10 @@ def _claim(ask: Ask, asks: Sequence[Ask], *, truth: bool, rng: Random) -> Questi
 
 
 def _stated(ask: Ask) -> list[str]:
-    """The fact as a sentence, where there is a wording for it: which of a passage's values is meant, and the value."""
-    named = {"name": ask.entity.name, "value": ask.fact.text}
-    return [_sentence(ask.relation.claims[0], **named)] if ask.relation.claims else []
+    """The fact as a sentence, which says which value of its passage is meant; without a wording, the bare value."""
+    if not ask.relation.claims:
+        return [ask.fact.answers[0]]
+    return [_sentence(ask.relation.claims[0], name=ask.entity.name, value=ask.fact.text)]
 
 
 def _other_values(ask: Ask, asks: Sequence[Ask]) -> list[str]:
