@@ -2,7 +2,8 @@
 
     python benchmarks/train.py [--quick] [--questions FILE --passages FILE]
 
-A step is forward, backward, clipping and AdamW over the same 16 examples on either side; steps alternate. Real tokens
+A step is forward, backward, clipping and AdamW over the same 16 examples on either side; one side runs after the other,
+because both at once need more than 24 GB. Real tokens
 are those of Gen's sequences and of the cited passages, one a citation, so that both sides are credited with the same
 number. Without --questions the built-in worldfacts are used.
 
@@ -36,12 +37,14 @@ BATCH = 16
 def main() -> None:
     arguments = parse()
     examples, corpus = load(arguments)
-    ours, tokens = our_side(arguments.model, examples, corpus)
-    sides = {"cosup": ours, "plain float32": plain_side(arguments.model, examples, corpus, torch.float32)}
     same = compute_dtype("auto", "cpu")
+    steps = len(examples) // BATCH
+    ours, tokens = our_side(arguments.model, examples, corpus)
+    seconds = {"cosup": timed(ours, steps=steps)}
+    del ours
+    seconds["plain float32"] = timed(plain_side(arguments.model, examples, corpus, torch.float32), steps=steps)
     if same != torch.float32:
-        sides["plain same dtype"] = plain_side(arguments.model, examples, corpus, same)
-    seconds = alternate(sides, steps=len(examples) // BATCH)
+        seconds["plain same dtype"] = timed(plain_side(arguments.model, examples, corpus, same), steps=steps)
     for name, times in seconds.items():
         rates = [n / t for n, t in zip(tokens[1:], times, strict=True)]
         print(f"{name:17} {statistics.median(rates):7.1f} real tokens/s (min {min(rates):.1f}, max {max(rates):.1f})")
@@ -135,16 +138,14 @@ def update(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Op
     optimizer.zero_grad()
 
 
-def alternate(sides: dict[str, Callable[[int], None]], *, steps: int) -> dict[str, list[float]]:
-    """Seconds of each side's steps but the first, which warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+def timed(step: Callable[[int], None], *, steps: int) -> list[float]:
+    """Seconds of each step but the first, which warms up."""
+    seconds = []
     for number in range(steps):
-        for name, step in sides.items():
-            started = time.perf_counter()
-            step(number)
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+        started = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
 
 
 def report(arguments: argparse.Namespace, figures: dict[str, float], dtype: torch.dtype) -> None:
