@@ -510,8 +510,7 @@ def _read_settings(folder: Path) -> ModelSettings:
 def keep_freed_memory() -> None:
     """Lets glibc keep what is freed instead of giving it back to the system page by page; a no-op elsewhere.
 
-    Activations are freed and asked for again at every step; measured, a training step on two cores takes 1.1 to 1.2
-    times as long when each of them is mapped and zeroed anew.
+    Activations are freed and asked for again at every step, and mapping and zeroing them anew takes time: docs/log.md.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
