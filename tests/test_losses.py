@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cosup.losses import _CHUNK, accurate, nearest, nsp, ntp
+from cosup.losses import _CHUNK, accurate, distinct, nearest, nsp, ntp, targets
 
 NONE_OF_3 = torch.zeros(3, 3, dtype=torch.bool)
 
@@ -98,26 +98,30 @@ def test_no_positions_give_zero_with_gradients_of_zero():
 # ntp
 
 
+def _head(weight, bias=None):
+    return lambda states: F.linear(states, weight, bias)
+
+
 def test_ntp_of_a_head_of_zeros_is_the_log_of_the_vocabulary_for_each_token():
-    loss = ntp(_random(5, 4), torch.zeros(7, 4, dtype=torch.float64), torch.arange(5))
+    loss = ntp(_random(5, 4), _head(torch.zeros(7, 4, dtype=torch.float64)), torch.arange(5))
     torch.testing.assert_close(loss.item(), 5 * math.log(7))
 
 
 def test_ntp_of_orthonormal_states_and_head_has_its_closed_form():
     states, head = torch.eye(3, dtype=torch.float64) * 2, torch.eye(3, dtype=torch.float64)
     expected = 3 * -math.log(math.exp(2) / (math.exp(2) + 2))
-    torch.testing.assert_close(ntp(states, head, torch.arange(3)).item(), expected)
+    torch.testing.assert_close(ntp(states, _head(head), torch.arange(3)).item(), expected)
 
 
 def test_the_bias_of_the_head_counts():
     bias = torch.tensor([0.0, math.log(3)], dtype=torch.float64)
-    loss = ntp(_random(1, 4), torch.zeros(2, 4, dtype=torch.float64), torch.tensor([1]), bias_V=bias)
+    loss = ntp(_random(1, 4), _head(torch.zeros(2, 4, dtype=torch.float64), bias), torch.tensor([1]))
     torch.testing.assert_close(loss.item(), -math.log(3 / 4))
 
 
 def test_no_labelled_tokens_give_zero_with_gradients_of_zero():
     states, head = _random(0, 4).requires_grad_(), _random(7, 4).requires_grad_()
-    loss = ntp(states, head, torch.zeros(0, dtype=torch.int64))
+    loss = ntp(states, _head(head), torch.zeros(0, dtype=torch.int64))
     loss.backward()
     assert loss.item() == 0
     assert not head.grad.any()
@@ -131,7 +135,7 @@ def test_tokens_taken_in_chunks_give_the_loss_and_gradients_of_all_at_once(count
     for leaf in leaves:
         leaf.requires_grad_()
     states, head, bias = [*leaves, None][:3]
-    loss = ntp(states, head, labels, bias_V=bias)
+    loss = ntp(states, _head(head, bias), labels)
     whole = F.cross_entropy(F.linear(states, head, bias), labels, reduction="sum")
     torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
     for gradient, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(whole, leaves), strict=True):
@@ -147,7 +151,7 @@ def test_logits_of_chunks_are_not_kept_for_the_backward_pass():
 
     states = _random(2 * _CHUNK, 4).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        ntp(states, _random(11, 4), torch.zeros(2 * _CHUNK, dtype=torch.int64))
+        ntp(states, _head(_random(11, 4)), torch.zeros(2 * _CHUNK, dtype=torch.int64))
     assert (_CHUNK, 11) not in kept
     assert kept
 
@@ -162,7 +166,7 @@ def test_logits_of_chunks_are_not_kept_for_the_backward_pass():
 @pytest.mark.parametrize("count", [0, 3])
 def test_losses_are_float32_or_float64_whatever_the_states_are(dtype, expected, count):
     states, head = _random(count, 4, dtype=torch.float32).to(dtype), _random(5, 4, dtype=torch.float32).to(dtype)
-    assert ntp(states, head, torch.arange(count)).dtype == expected
+    assert ntp(states, _head(head), torch.arange(count)).dtype == expected
     assert _nsp(states, head, range(count)).dtype == expected
     assert accurate(states).dtype == expected
 
@@ -191,3 +195,29 @@ def test_nearest_is_the_best_candidate_that_is_not_ignored():
 
 def test_nearest_of_no_queries_is_empty():
     assert nearest(torch.zeros(0, 3), torch.eye(3), ignore_KN=torch.zeros(0, 3, dtype=torch.bool)).tolist() == []
+
+
+# Candidates of several processes
+
+
+def test_the_first_vector_of_a_key_stands_for_all_and_those_of_nobody_are_left_out():
+    keys = torch.tensor([7, 3, -1, 7, 5, 3])
+    vectors = torch.arange(12, dtype=torch.float64).reshape(6, 2).requires_grad_()
+    known, chosen = distinct(keys, vectors)
+    assert known.tolist() == [3, 5, 7]
+    assert torch.equal(chosen, vectors[[1, 4, 0]])
+    chosen.sum().backward()
+    assert vectors.grad.any(1).tolist() == [True, True, False, False, True, False]
+
+
+def test_golds_and_ignored_are_found_by_key_and_unknown_ones_are_passed_over():
+    keys = torch.tensor([3, 5, 7])
+    gold, ignore = targets(keys, torch.tensor([7, 3]), torch.tensor([[0, 0, 1, 1], [3, 99, 4, 7]]))
+    assert gold.tolist() == [2, 0]
+    assert ignore.tolist() == [[True, False, False], [False, False, True]]
+
+
+def test_without_candidates_there_is_nothing_to_find():
+    gold, ignore = targets(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(2, 0).long())
+    assert gold.shape == (0,)
+    assert ignore.shape == (0, 0)

@@ -1,6 +1,5 @@
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from cosup.train import (
     remove_run,
     train_recipe,
 )
+from cosup.train.collate import passage_key
 
 
 @pytest.fixture
@@ -66,11 +66,12 @@ def test_candidates_are_distinct_and_what_is_neither_label_nor_negative_is_ignor
     ]
     batch = Collator(tiny.template, {p.id: p for p in passages}, TrainSection(negatives=1))(examples)
     columns = ["p0", "p4", "p1", "p2"]  # golds by first occurrence, then hard negatives; p3 is beyond the one asked for
+    names = {passage_key(p.id): p.id for p in passages}
+    assert [names[key] for key in batch["candidates"].tolist()] == columns
     assert len(batch["emb_lengths"]) == len(columns)
-    assert batch["gold"].tolist() == [0, 1, 2, 0]
-    ignored = [[columns[j] for j in row.nonzero()[:, 0]] for row in batch["ignore"]]
+    assert [names[key] for key in batch["gold"].tolist()] == ["p0", "p4", "p1", "p0"]
     # the first may not count its `also` and the other gold of its response; nor the second the first's gold
-    assert ignored == [["p4", "p1"], ["p0"], [], []]
+    assert [(k, names[key]) for k, key in batch["ignored"].T.tolist()] == [(0, "p1"), (0, "p4"), (1, "p0")]
     ids = batch["gen_ids"][batch["ret_positions"]]
     assert set(ids.tolist()) == {tiny.template.ret}
 
@@ -115,14 +116,24 @@ def test_a_batch_without_a_retrieval_trains_ntp_alone(tiny: CoSupModel, examples
     batch = Collator(tiny.template, {}, TrainSection())([examples[2]])
     loss, metrics = objective_loss(tiny(batch), batch, objective="ntp+nsp", lambda_=1, temperature=0.05)
     assert loss.item() == pytest.approx(metrics["ntp_sum"] / metrics["ntp_count"])
-    assert "nsp_sum" not in metrics
+    assert metrics["nsp_count"] == 0
 
 
 def test_a_run_writes_its_recipe_metrics_curves_and_model_and_learns(recipe: dict, tmp_path: Path) -> None:
-    run = train_recipe(with_train(recipe, max_steps=30), tmp_path / "run")
+    run = train_recipe(with_train(recipe, max_steps=40), tmp_path / "run")
     rows = [row for row in rows_of(run) if "ntp" in row]
-    assert len(rows) == 30
-    assert {"ntp", "nsp", "accuracy", "candidates", "tokens_per_second", "grad_norm", "learning_rate"} <= set(rows[0])
+    assert len(rows) == 40
+    assert {
+        "grad_norm_gen",
+        "grad_norm_emb",
+        "ntp",
+        "nsp",
+        "accuracy",
+        "candidates",
+        "tokens_per_second",
+        "grad_norm",
+        "learning_rate",
+    } <= set(rows[0])
     assert rows[-1]["ntp"] < rows[0]["ntp"] / 2
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
@@ -169,7 +180,9 @@ def test_the_budget_in_minutes_ends_a_run(recipe: dict, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(recipe: dict, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the loss became nan at step \d+ \(examples .*q\d"):
+    with pytest.raises(
+        UserError, match=r"(loss|norm) became (nan|inf) at step \d+ \(examples .*q\d.*no checkpoint yet"
+    ):
         train_recipe(with_train(recipe, learning_rate=1e30, max_grad_norm=1e30, max_steps=9), tmp_path / "run")
 
 
@@ -233,14 +246,6 @@ def test_unknown_trainer_fields_and_those_of_the_recipe_are_refused(recipe: dict
         train_recipe(with_train(recipe, trainer={"nonsense": 1}), tmp_path / "a")
     with pytest.raises(UserError, match=r"train.trainer.learning_rate is set by the recipe"):
         train_recipe(with_train(recipe, trainer={"learning_rate": 1}), tmp_path / "b")
-
-
-def test_several_processes_are_refused_rather_than_wrong(
-    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="trains in one process"):
-        train_recipe(with_train(recipe), tmp_path / "run")
 
 
 def test_only_run_folders_are_removed(tmp_path: Path) -> None:

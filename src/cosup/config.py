@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Objective = Literal["ntp", "nsp", "ntp+nsp"]
+Objective = Literal["ntp", "nsp", "ntp+nsp", "separate"]
+Part = Literal["gen", "emb", "projection", "lm_head", "embeddings"]
 Similarity = Literal["cosine", "dot"]
 
 
@@ -25,19 +26,38 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+class LoraSection(Section):
+    """Low-rank adapters, trained in the place of the weights; the rows of the control tokens are trained with them."""
+
+    on: Annotated[tuple[Literal["gen", "emb"], ...], Field(min_length=1)] = ("gen", "emb")
+    """Which models get one; the other is not trained."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update of each matrix."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Before the update."""
+    targets: tuple[str, ...] = ()
+    """Names of the matrices, as peft takes them; without any, all linear ones but the head."""
+
+
 class ModelSection(Section):
     """Which models are trained and how a state is compared with a passage."""
 
     gen: str = "smollm2-135m"
     """Gen: `smollm2-135m`, a Hugging Face name, a local folder, or a model folder of cosup."""
     emb: str | None = None
-    """Emb_seq: as `gen`; without it, a copy of Gen's body."""
+    """Emb_seq: a decoder or encoder, named as `gen`; `gen`: Gen's own body; without it, a copy of that."""
     emb_layers: Annotated[int, Field(ge=1)] | None = None
     """Keep only the first N layers of Emb_seq."""
     similarity: Similarity = "cosine"
     """How h and e(c) are compared."""
     temperature: Annotated[float, Field(gt=0)] = 0.05
     """tau in L_NSP."""
+    pooling: Literal["auto", "last", "mean"] = "auto"
+    """A passage's vector: the state of its last token, or the mean; `auto`: last for decoders, mean for encoders."""
+    lora: LoraSection | None = None
+    """Adapters instead of full training."""
 
 
 class DataSection(Section):
@@ -53,6 +73,10 @@ class DataSection(Section):
     """Longest training sequence in tokens; a longer example is left out, and counted."""
     max_passage_tokens: Annotated[int, Field(ge=8)] = 256
     """Longest passage in tokens, embedded or inserted; a longer one is shortened, and counted."""
+    only_with_retrieval: bool = False
+    """Leave out examples that retrieve nothing, and count them."""
+    dev: tuple[Path, ...] = ()
+    """Files like `train`, to judge the model by during training."""
 
     def resolve(self, path: Path) -> Path:
         """`path` as it stands if absolute, else below `folder`."""
@@ -63,7 +87,7 @@ class TrainSection(Section):
     """How it is learnt."""
 
     objective: Objective = "ntp+nsp"
-    """Which losses are trained."""
+    """Which losses are trained; `separate`: Gen by ntp, and apart from it one LM by nsp that encodes both sides."""
     lambda_: Annotated[float, Field(ge=0, alias="lambda")] = 1.0
     """Weight of L_NSP in L = L_NTP + lambda * L_NSP."""
     train_on_passages: bool = False
@@ -73,17 +97,25 @@ class TrainSection(Section):
     neighbours: Annotated[int, Field(ge=1)] = 1
     """Examples whose passages share a title that stand together in a batch: hard negatives that cost nothing."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Examples in an optimisation step: their distinct passages are the candidates."""
+    """Examples in an optimisation step, over all processes: their distinct passages are the candidates."""
+    chunk_size: Annotated[int, Field(ge=1)] | None = None
+    """Examples, and passages, whose activations a process holds at once; same gradient (GradCache)."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again in the backward pass."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that are not trained; `lm_head` of tied embeddings stops the head's gradient alone."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """AdamW's peak learning rate."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the run in which the rate rises linearly from 0."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How it falls to 0 afterwards; `constant` does not."""
+    schedule: Literal["linear", "cosine", "constant", "epoch"] = "linear"
+    """How it falls to 0 afterwards; `constant` does not, and `epoch` multiplies it by `epoch_decay` after each."""
+    epoch_decay: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """What `schedule: epoch` multiplies the rate by."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Clipping, over Gen, Emb_seq and projection together."""
+    """Clipping, over all that is trained together; under `separate`, over each model apart."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the examples."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -92,6 +124,8 @@ class TrainSection(Section):
     """Ends earlier, after so many minutes; warm-up and schedule follow whichever limit comes first."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; `auto` takes bfloat16 where the hardware multiplies in it, else float32. Losses are float32."""
+    eval_steps: Annotated[int, Field(ge=0)] = 0
+    """Losses and in-batch accuracy on `data.dev` every so many steps; the model that did best is the one kept."""
     save_steps: Annotated[int, Field(ge=0)] = 0
     """A checkpoint every so many steps; 0: none but the finished model."""
     log_steps: Annotated[int, Field(ge=1)] = 5
@@ -115,13 +149,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _refuse_settings_that_contradict(self) -> Self:
-        taken = {"gradient_accumulation_steps": "train.batch_size", "per_device_train_batch_size": "train.batch_size"}
+        taken = {"gradient_accumulation_steps": "chunk_size", "per_device_train_batch_size": "batch_size"}
         for key, ours in taken.items():
             if key in self.train.trainer:
                 raise ValueError(
                     f"train.trainer.{key} would split the optimisation step and with it the candidates of nsp; "
-                    f"set {ours} instead"
+                    f"set train.{ours} instead"
                 )
+        if self.model.emb == "gen" and self.model.emb_layers is not None:
+            raise ValueError("model.emb_layers can't cut Gen's own body; leave it out, or leave out model.emb: gen")
+        if bool(self.train.eval_steps) != bool(self.data.dev):
+            raise ValueError("train.eval_steps and data.dev go together: give both, or neither")
         return self
 
 

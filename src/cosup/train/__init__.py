@@ -2,8 +2,9 @@
 
 from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, load_data
 from cosup.train.optimizer import MasterAdamW
-from cosup.train.run import plot_curves, remove_run, train_recipe
-from cosup.train.trainer import CoSupTrainer, objective_loss, rate_at
+from cosup.train.run import plot_curves, remove_run, start_model, train_recipe
+from cosup.train.step import Weights, backward_in_chunks, objective_loss
+from cosup.train.trainer import CoSupTrainer, rate_at
 
 __all__ = [
     "CoSupTrainer",
@@ -11,10 +12,13 @@ __all__ = [
     "ExampleDataset",
     "MasterAdamW",
     "NeighbourSampler",
+    "Weights",
+    "backward_in_chunks",
     "load_data",
     "objective_loss",
     "plot_curves",
     "rate_at",
     "remove_run",
+    "start_model",
     "train_recipe",
 ]

@@ -1,12 +1,14 @@
 """Training data: read from the files of a recipe, rendered, and packed into batches.
 
-Shapes: S packed tokens, K retrieval positions, N candidates.
+Shapes: S packed tokens, K retrieval positions, N candidates, I ignored pairs.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from random import Random
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from cosup.config import Recipe, TrainSection, UserError
 from cosup.data import Example, Passage, kind_of, read_examples, read_passages, read_questions
 from cosup.data.convert import convert
+from cosup.losses import NOBODY
 from cosup.model import Batch, pack
 from cosup.template import Rendered, Template
 
@@ -34,9 +37,9 @@ class Collator:
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """The batch of these examples."""
         rows = [self.render(example) for example in examples]
-        batch = pack(rows, labels="ntp" in self.section.objective.split("+"))
+        batch = pack(rows, labels=self.section.objective != "nsp")
         batch["example_ids"] = [example.id for example in examples]
-        if "nsp" in self.section.objective.split("+"):
+        if self.section.objective != "ntp":
             self._add_candidates(batch, rows)
         return batch
 
@@ -45,25 +48,31 @@ class Collator:
         return self.template.render(example, self.passages, train_on_passages=self.section.train_on_passages)
 
     def _add_candidates(self, batch: Batch, rows: list[Rendered]) -> None:
-        """The distinct passages of the whole step, golds first, and who may not count which as a negative."""
+        """The distinct passages of these examples, golds first, and who may not count which as a negative."""
         gold = [passage for row in rows for passage in row.gold]
-        if not gold:
-            return
         hard = [n for row in rows for negatives in row.negatives for n in negatives[: self.section.negatives]]
-        column = {passage: j for j, passage in enumerate(dict.fromkeys([*gold, *hard]))}
-        ignore_KN = torch.zeros(len(gold), len(column), dtype=torch.bool)
-        for k, ignored in enumerate(passages for row in rows for passages in row.ignored):
-            ignore_KN[k, [column[p] for p in ignored if p in column]] = True
-        limit = self.template.settings.max_passage_tokens
-        sequences = [self.template.embedded(self.passages[p], max_tokens=limit) for p in column]
+        distinct = list(dict.fromkeys([*gold, *hard]))
+        sequences = [self._embedded(passage) for passage in distinct]
+        # without a passage, Emb_seq still runs, for nothing: every process needs a gradient of every weight
+        sequences = sequences or [[self.template.emb_tokenizer.eos_token_id or 0]]
+        keys = [passage_key(passage) for passage in distinct] or [NOBODY]
         starts = accumulate((len(row.ids) for row in rows), initial=0)
-        batch["ret_positions"] = torch.tensor(
-            [start + t for start, row in zip(starts, rows, strict=False) for t in row.ret]
-        )
+        positions = [start + t for start, row in zip(starts, rows, strict=False) for t in row.ret]
+        pairs = [(k, p) for k, ignored in enumerate(i for row in rows for i in row.ignored) for p in sorted(ignored)]
+        batch["ret_positions"] = torch.tensor(positions, dtype=torch.long)
         batch["emb_ids"] = torch.tensor([i for sequence in sequences for i in sequence])
         batch["emb_lengths"] = [len(sequence) for sequence in sequences]
-        batch["gold"] = torch.tensor([column[passage] for passage in gold])
-        batch["ignore"] = ignore_KN
+        batch["candidates"] = torch.tensor(keys)
+        batch["gold"] = torch.tensor([passage_key(passage) for passage in gold], dtype=torch.long)
+        batch["ignored"] = torch.tensor([[k, passage_key(p)] for k, p in pairs], dtype=torch.long).reshape(-1, 2).T
+
+    def _embedded(self, passage: str) -> list[int]:
+        return self.template.embedded(self.passages[passage], max_tokens=self.template.settings.max_passage_tokens)
+
+
+def passage_key(passage: str) -> int:
+    """What stands for a passage id in tensors that processes exchange: 63 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(passage.encode()).digest()[:8], "big") >> 1
 
 
 class ExampleDataset(Dataset[Example]):
@@ -119,11 +128,13 @@ class TrainingData:
         examples: those that fit.
         passages: by id.
         left_out: how many questions or examples were not used, by reason.
+        dev: examples to judge by.
     """
 
     examples: list[Example]
     passages: dict[str, Passage]
     left_out: Counter[str]
+    dev: list[Example]
 
     def titles(self) -> list[str]:
         """Title of each example's first passage; its own id where there is no passage, or none with a title."""
@@ -142,18 +153,26 @@ def load_data(recipe: Recipe, template: Template) -> TrainingData:
     passages = {p.id: p for p in read_passages(*map(section.resolve, section.passages))}
     titles = {p.id: p.title for p in passages.values()}
     left_out: Counter[str] = Counter()
-    examples: list[Example] = []
-    for path in map(section.resolve, section.train):
-        if kind_of(path) == "questions":
-            examples += convert(read_questions(path), passages=passages, titles=titles, left_out=left_out)
-        else:
-            examples += read_examples(path)
-    fitting = [example for example in examples if _fits(example, passages, template, section.max_tokens)]
-    if len(fitting) < len(examples):
-        left_out["longer than data.max_tokens"] = len(examples) - len(fitting)
-    if not fitting:
+
+    def usable(paths: Sequence[Path]) -> list[Example]:
+        examples: list[Example] = []
+        for path in map(section.resolve, paths):
+            if kind_of(path) == "questions":
+                examples += convert(read_questions(path), passages=passages, titles=titles, left_out=left_out)
+            else:
+                examples += read_examples(path)
+        if section.only_with_retrieval:
+            left_out["retrieves nothing"] += sum(not example.evidence for example in examples)
+            examples = [example for example in examples if example.evidence]
+        fitting = [example for example in examples if _fits(example, passages, template, section.max_tokens)]
+        left_out["longer than data.max_tokens"] += len(examples) - len(fitting)
+        return fitting
+
+    examples, dev = usable(section.train), usable(section.dev)
+    left_out += Counter()  # drops what is zero
+    if not examples:
         raise UserError(f"there is nothing to train on: {dict(left_out) or 'the files hold no examples'}")
-    return TrainingData(fitting, passages, left_out)
+    return TrainingData(examples, passages, left_out, dev)
 
 
 def _fits(example: Example, passages: Mapping[str, Passage], template: Template, limit: int) -> bool:

@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from cosup.config import Recipe, UserError, dump_recipe, load_recipe
 from cosup.files import atomic_file, explained
 from cosup.model import CoSupModel, compute_dtype
 from cosup.template import TemplateSettings
+from cosup.train.checkpoints import newest_checkpoint
 from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, TrainingData, load_data
+from cosup.train.parts import choose_trained, save_activations
 from cosup.train.trainer import CoSupTrainer, MetricsFile
 
 logger = logging.getLogger(__name__)
@@ -48,20 +49,51 @@ def train_recipe(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     run = out or Path("runs") / recipe.name
-    _refuse_several_processes()
+    processes = PartialState()
     _refuse_another(run, recipe)
     if (run / "model" / "cosup.json").is_file():
         return run
-    layout = TemplateSettings(max_passage_tokens=recipe.data.max_passage_tokens)
-    model = CoSupModel.start(recipe.model, seed=recipe.seed, template=layout)
+    model = start_model(recipe)
     data = load_data(recipe, model.template)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(compute_dtype(recipe.train.dtype, device))
-    _claim(run, recipe)
-    on_start(_summary(recipe, model, data))
-    trainer = CoSupTrainer(
+    model.to(compute_dtype(recipe.train.dtype, processes.device.type))
+    if processes.is_main_process:
+        _claim(run, recipe)
+        on_start(_summary(recipe, model, data))
+    processes.wait_for_everyone()
+    trainer = _trainer(recipe, model, data, run, callbacks if processes.is_main_process else ())
+    with explained(run):
+        trainer.train(resume_from_checkpoint=_resumed(run))
+    if model.template.shortened:
+        logger.warning(
+            "%d passages were shortened to data.max_passage_tokens = %d",
+            len(model.template.shortened),
+            recipe.data.max_passage_tokens,
+        )
+    if processes.is_main_process:
+        plot_curves(run)
+        model.save(run / "model", card=_card(recipe, trainer.state.log_history))
+    processes.wait_for_everyone()
+    return run
+
+
+def start_model(recipe: Recipe) -> CoSupModel:
+    """The model that a recipe starts from, in float32, with what it does not train frozen."""
+    layout = TemplateSettings(max_passage_tokens=recipe.data.max_passage_tokens)
+    retriever = recipe.train.objective == "separate"
+    model = CoSupModel.start(recipe.model, seed=recipe.seed, template=layout, retriever=retriever)
+    choose_trained(model, recipe)
+    if recipe.train.activation_checkpointing:
+        save_activations(model)
+    return model
+
+
+def _trainer(
+    recipe: Recipe, model: CoSupModel, data: TrainingData, run: Path, callbacks: Sequence[TrainerCallback]
+) -> CoSupTrainer:
+    return CoSupTrainer(
         model,
         examples=ExampleDataset(data.examples),
+        dev=ExampleDataset(data.dev) if data.dev else None,
         sampler=NeighbourSampler(data.titles(), size=recipe.train.neighbours, seed=recipe.seed),
         collator=Collator(model.template, data.passages, recipe.train),
         section=recipe.train,
@@ -69,17 +101,11 @@ def train_recipe(
         seed=recipe.seed,
         callbacks=[*callbacks, MetricsFile(run / "metrics.jsonl")],
     )
-    with explained(run):
-        trainer.train(resume_from_checkpoint=_last_checkpoint(run))
-    if model.template.shortened:
-        logger.warning(
-            "%d passages were shortened to data.max_passage_tokens = %d",
-            len(model.template.shortened),
-            recipe.data.max_passage_tokens,
-        )
-    plot_curves(run)
-    model.save(run / "model", card=_card(recipe, trainer.state.log_history))
-    return run
+
+
+def _resumed(run: Path) -> str | None:
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    return str(checkpoint) if checkpoint else None
 
 
 def remove_run(run: Path) -> None:
@@ -137,19 +163,6 @@ def _versions() -> dict[str, str]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "git_commit": commit.stdout.strip() or "unknown",
     }
-
-
-def _last_checkpoint(run: Path) -> str | None:
-    checkpoints = run / "checkpoints"
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-
-
-def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "this version trains in one process, because candidates are not gathered over ranks yet: start it without "
-            "torchrun or accelerate launch"
-        )
 
 
 def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str, str]:

@@ -2,64 +2,27 @@
 
 import json
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cosup import losses
-from cosup.config import Objective, TrainSection, UserError
+from cosup.config import TrainSection, UserError
 from cosup.data import Example
 from cosup.files import atomic_file
-from cosup.model import Batch, CoSupModel, Output
+from cosup.model import Batch, CoSupModel
+from cosup.train.checkpoints import UNFINISHED, finish_checkpoint, load_trained, newest_checkpoint, save_trained
 from cosup.train.collate import Collator
 from cosup.train.optimizer import MasterAdamW
-
-Metrics = dict[str, float]
-
-
-def objective_loss(
-    output: Output, batch: Batch, *, objective: Objective, lambda_: float, temperature: float
-) -> tuple[Tensor, Metrics]:
-    """L = L_NTP + lambda * L_NSP over one step, and what there is to log of it.
-
-    Args:
-        output: of the model.
-        batch: that it was given.
-        objective: `nsp` alone has weight 1.
-        lambda_: weight of L_NSP in `ntp+nsp`.
-        temperature: tau.
-
-    Source:
-        Lee et al. 2024 (arXiv 2403.09024), section 3.
-    """
-    ntp = output.ntp_sum / max(output.ntp_count, 1)
-    metrics = {"ntp_sum": float(output.ntp_sum.detach()), "ntp_count": float(output.ntp_count)}
-    if not len(output.queries_KD):
-        return ntp, metrics
-    count = len(output.queries_KD)
-    nsp_sum = losses.nsp(
-        output.queries_KD,
-        output.candidates_ND,
-        gold_K=batch["gold"],
-        ignore_KN=batch["ignore"],
-        temperature=temperature,
-    )
-    best_K = losses.nearest(output.queries_KD.detach(), output.candidates_ND.detach(), ignore_KN=batch["ignore"])
-    metrics |= {
-        "nsp_sum": float(nsp_sum.detach()),
-        "nsp_count": float(count),
-        "nsp_right": float((best_K == batch["gold"]).sum()),
-        "candidates": float(len(output.candidates_ND)),
-    }
-    return (ntp + lambda_ * nsp_sum / count if objective == "ntp+nsp" else nsp_sum / count), metrics
+from cosup.train.step import Metrics, backward_in_chunks, objective_loss, several_processes
 
 
 class CoSupTrainer(Trainer):
@@ -73,6 +36,8 @@ class CoSupTrainer(Trainer):
         section: the recipe's `train`.
         folder: of the run; checkpoints go to `checkpoints/` in it.
         seed: of order and dropout.
+        dev: what the model is judged by during training.
+        callbacks: of transformers.
     """
 
     loss_is_scaled_for_ga = False
@@ -87,54 +52,122 @@ class CoSupTrainer(Trainer):
         section: TrainSection,
         folder: Path,
         seed: int,
+        dev: Dataset[Example] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         self.section, self._sampler = section, sampler
         self.clock = Clock(section)
         self._sums: Counter[str] = Counter()
         self._since = time.perf_counter()
+        self._ids: list[str] = []
+        self._norms: Metrics = {}
         super().__init__(
             model=model,
             args=_arguments(section, folder, seed),
             train_dataset=examples,
+            eval_dataset=dev,
             data_collator=collator,  # type: ignore[arg-type]  # a Batch is a dict
             callbacks=[*callbacks, self.clock],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass of a step; in chunks where the recipe says so."""
+        self._ids = inputs["example_ids"]
+        if self.section.chunk_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss, metrics = backward_in_chunks(
+                model,
+                inputs,
+                size=self.section.chunk_size,
+                backward=self.accelerator.backward,
+                **self._objective(model),
+            )
+        self._note(loss, metrics, inputs)
+        return loss
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The step's loss, whose parts are kept for the log. Raises UserError if it is not finite."""
-        settings = self.accelerator.unwrap_model(model).settings
         output = model(inputs)
-        loss, metrics = objective_loss(
-            output,
-            inputs,
-            objective=self.section.objective,
-            lambda_=self.section.lambda_,
-            temperature=settings.temperature,
-        )
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1} "
-                f"(examples {', '.join(inputs['example_ids'])}): lower train.learning_rate, or check these examples"
-            )
-        self._sums.update(metrics)
-        self._sums["steps"] += 1
-        self._sums["tokens"] += len(inputs["gen_ids"]) + sum(inputs.get("emb_lengths", ()))
+        loss, metrics = objective_loss(output, inputs, **self._objective(model))
+        self._note(loss, metrics, inputs)
         return (loss, output) if return_outputs else loss
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Losses and in-batch accuracy on the dev set, batch by batch as in training."""
+        assert self.model is not None
+        self.model.eval()
+        sums: Counter[str] = Counter()
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader():
+                inputs: Any = self._prepare_inputs(batch)
+                sums.update(objective_loss(self.model(inputs), inputs, **self._objective(self.model))[1])
+        means = _means(_over_processes(sums))
+        lambda_ = self.section.lambda_ if self.section.objective == "ntp+nsp" else 1.0
+        means["loss"] = means.get("ntp", 0.0) + lambda_ * means.get("nsp", 0.0)
+        figures = {f"eval_{name}": value for name, value in means.items() if name != "candidates"}
+        super().log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds both losses, in-batch retrieval accuracy, candidates and real tokens per second to the Trainer's log."""
+        """Adds losses, in-batch accuracy, candidates, gradient norms and real tokens/s to the Trainer's log."""
         if self._sums["steps"]:
-            logs |= _means(self._sums, time.perf_counter() - self._since)
+            sums = _over_processes(self._sums)
+            logs |= _means(sums) | self._norms
+            logs["tokens_per_second"] = sums["tokens"] / (time.perf_counter() - self._since)
             self._sums.clear()
             self._since = time.perf_counter()
             logs["progress"] = round(self.clock.progress(self.state.global_step, self.state.max_steps), 4)
         logs["minutes"] = round(self.clock.minutes(), 3)
         super().log(logs, start_time)
+
+    def _objective(self, model: Any) -> dict[str, Any]:
+        return {
+            "objective": self.section.objective,
+            "lambda_": self.section.lambda_,
+            "temperature": self.accelerator.unwrap_model(model).settings.temperature,
+        }
+
+    def _note(self, loss: Tensor, metrics: Metrics, inputs: Batch) -> None:
+        if not torch.isfinite(loss):
+            raise self._stopped(f"the loss became {loss.item()}")
+        self._sums.update(metrics)
+        self._sums["steps"] += 1
+        self._sums["tokens"] += len(inputs["gen_ids"]) + sum(inputs.get("emb_lengths", ()))
+
+    def _stopped(self, what: str) -> UserError:
+        good = newest_checkpoint(Path(str(self.args.output_dir)))
+        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet, see train.save_steps"
+        return UserError(
+            f"{what} at step {self.state.global_step + 1} (examples {', '.join(self._ids)}); {kept}: lower "
+            "train.learning_rate, or check these examples"
+        )
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clips, and keeps the norms of Gen and Emb_seq apart for the log."""
+        inner = self.accelerator.unwrap_model(model)
+        of_gen = {id(p) for p in inner.gen.parameters()}
+        parts: dict[str, list[Any]] = {"gen": [], "emb": []}
+        for parameter in inner.parameters():
+            if parameter.grad is not None:
+                parts["gen" if id(parameter) in of_gen else "emb"].append(parameter)
+        norms = {name: _norm(parameters) for name, parameters in parts.items() if parameters}
+        total: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        if not torch.isfinite(total):
+            raise self._stopped(f"the gradient's norm became {total.item()}")
+        for name, parameters in parts.items():
+            if parameters:
+                limit_on = norms[name] if self.section.objective == "separate" else total
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.section.max_grad_norm, limit_on)
+        self._norms = {f"grad_norm_{name}": float(norm) for name, norm in norms.items()}
+        return total
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._sampler
@@ -156,7 +189,9 @@ class CoSupTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A rate that follows the run's progress in steps or in minutes, whichever is further."""
         if self.lr_scheduler is None:
-            rate = rate_at(self.section)
+            assert self.train_dataset is not None
+            steps_per_epoch = math.ceil(len(self.train_dataset) / self.section.batch_size)  # type: ignore[arg-type]
+            rate = rate_at(self.section, epochs=num_training_steps / steps_per_epoch)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.create_optimizer(), lambda step: rate(self.clock.progress(step, num_training_steps))
             )
@@ -164,12 +199,41 @@ class CoSupTrainer(Trainer):
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # save_model knows that the embedding and the head are one matrix; the Trainer's own way refuses it
+        # the Trainer's own way refuses an embedding and a head that are one matrix
         assert output_dir is not None
-        assert self.model is not None
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / "model.safetensors"))
+        save_trained(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint to the side, and renames it when all of it is there."""
+        folder = Path(str(self.args.output_dir))
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+        with self._output_folder(folder / UNFINISHED):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(folder, self.state.global_step, best=self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _output_folder(self, folder: Path) -> Iterator[None]:
+        usual, self.args.output_dir = self.args.output_dir, str(folder)
+        try:
+            yield
+        finally:
+            self.args.output_dir = usual
 
 
 class Clock(TrainerCallback):
@@ -177,16 +241,24 @@ class Clock(TrainerCallback):
 
     def __init__(self, section: TrainSection):
         self._budget = section.max_minutes
-        self._before = 0.0
+        self._before = self._now = 0.0
         self._started: float | None = None
 
     def minutes(self) -> float:
         """Minutes of training so far."""
         return self._before + ((time.perf_counter() - self._started) / 60 if self._started is not None else 0.0)
 
+    def _agree(self) -> None:
+        """Takes the first process's time, so that all of them have one rate and stop together."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        minutes = torch.tensor(self.minutes(), dtype=torch.double, device=device)
+        if several_processes():
+            torch.distributed.broadcast(minutes, src=0)
+        self._now = float(minutes)
+
     def progress(self, step: int, steps: int) -> float:
         """Share of the run that is done, 0 to 1, by steps or by minutes."""
-        by_time = self.minutes() / self._budget if self._budget else 0.0
+        by_time = self._now / self._budget if self._budget else 0.0
         return min(1.0, max(step / max(steps, 1), by_time))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -194,10 +266,16 @@ class Clock(TrainerCallback):
         logged = [row["minutes"] for row in state.log_history if "minutes" in row]
         self._before = logged[-1] if logged else 0.0
         self._started = time.perf_counter()
+        self._agree()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Fixes the time that the step's learning rate follows from."""
+        if self._budget:
+            self._agree()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ends the run when the budget is spent."""
-        if self._budget and self.minutes() >= self._budget:
+        if self._budget and self._now >= self._budget:
             control.should_training_stop = True
             control.should_log = True
 
@@ -222,8 +300,13 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def rate_at(section: TrainSection) -> Callable[[float], float]:
-    """The factor of the learning rate at a progress from 0 to 1: a linear rise, then the schedule."""
+def rate_at(section: TrainSection, *, epochs: float = 1.0) -> Callable[[float], float]:
+    """The factor of the learning rate at a progress from 0 to 1: a linear rise, then the schedule.
+
+    Args:
+        section: the recipe's `train`.
+        epochs: how many the whole run has, for `schedule: epoch`.
+    """
 
     def rate(progress: float) -> float:
         if progress < section.warmup:
@@ -233,24 +316,32 @@ def rate_at(section: TrainSection) -> Callable[[float], float]:
             "linear": 1 - rest,
             "cosine": (1 + math.cos(math.pi * rest)) / 2,
             "constant": 1.0,
+            # an epoch's last step may come out a hair short of its end
+            "epoch": section.epoch_decay ** math.floor(progress * epochs + 1e-9),
         }[section.schedule]
 
     return rate
 
 
 def _arguments(section: TrainSection, folder: Path, seed: int) -> TrainingArguments:
+    share = _share_of_batch(section)
     ours: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
-        "per_device_train_batch_size": section.batch_size,
+        "per_device_train_batch_size": share,
+        "per_device_eval_batch_size": share,
+        "eval_strategy": "steps" if section.eval_steps else "no",
+        "eval_steps": section.eval_steps or None,
+        "load_best_model_at_end": bool(section.eval_steps),
+        "metric_for_best_model": "eval_loss" if section.eval_steps else None,
         "num_train_epochs": section.epochs,
         "max_steps": section.max_steps or -1,
         "max_grad_norm": section.max_grad_norm,
         "learning_rate": section.learning_rate,
         "logging_steps": section.log_steps,
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if section.save_steps else "no",
-        "save_steps": section.save_steps or 500,
-        "save_total_limit": 2,
+        "save_strategy": "steps" if section.save_steps or section.eval_steps else "no",
+        "save_steps": section.save_steps or section.eval_steps or 500,
+        "save_total_limit": None,  # checkpoints.py keeps count
         "report_to": list(section.report_to) or "none",
         "seed": seed,
         "data_seed": seed,
@@ -269,13 +360,44 @@ def _arguments(section: TrainSection, folder: Path, seed: int) -> TrainingArgume
         raise UserError(f"train.trainer: {' '.join(str(e).split())}") from None
 
 
-def _means(sums: Counter[str], seconds: float) -> Metrics:
-    """Averages over the steps since the last log."""
-    means: Metrics = {"tokens_per_second": sums["tokens"] / seconds}
+def _share_of_batch(section: TrainSection) -> int:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if section.batch_size % world:
+        raise UserError(
+            f"train.batch_size is {section.batch_size}, which {world} processes can't share equally: set a multiple of "
+            f"{world}"
+        )
+    return section.batch_size // world
+
+
+def _norm(parameters: list[Any]) -> Tensor:
+    """The norm of gradients, whole or sharded."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
+
+
+def _over_processes(sums: Counter[str]) -> Counter[str]:
+    """The sums of all processes added up; what every process counts alike is averaged."""
+    if not several_processes():
+        return sums
+    names = sorted({"steps", "tokens", "ntp_sum", "ntp_count", "nsp_sum", "nsp_count", "nsp_right", "candidates"})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.tensor([sums[name] for name in names], dtype=torch.double, device=device)
+    torch.distributed.all_reduce(values)
+    total = Counter(dict(zip(names, values.tolist(), strict=True)))
+    for name in ("steps", "candidates"):
+        total[name] = sums[name]
+    return total
+
+
+def _means(sums: Counter[str]) -> Metrics:
+    """Averages over the steps summed up."""
+    means: Metrics = {}
     if sums["ntp_count"]:
         means["ntp"] = sums["ntp_sum"] / sums["ntp_count"]
     if sums["nsp_count"]:
         means["nsp"] = sums["nsp_sum"] / sums["nsp_count"]
         means["accuracy"] = sums["nsp_right"] / sums["nsp_count"]
-        means["candidates"] = sums["candidates"] / sums["steps"]
+        means["candidates"] = sums["candidates"] / max(sums["steps"], 1)
     return means

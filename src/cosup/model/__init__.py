@@ -1,0 +1,21 @@
+"""Gen and Emb_seq as one model: packed training passes, embedding, folders on disk."""
+
+from cosup.model.core import CoSupModel, Output
+from cosup.model.folders import ModelSettings
+from cosup.model.lms import Dtype, compute_dtype, find_model, keep_freed_memory
+from cosup.model.packing import Batch, batches_by_tokens, chunk_count, chunks, pack
+
+__all__ = [
+    "Batch",
+    "CoSupModel",
+    "Dtype",
+    "ModelSettings",
+    "Output",
+    "batches_by_tokens",
+    "chunk_count",
+    "chunks",
+    "compute_dtype",
+    "find_model",
+    "keep_freed_memory",
+    "pack",
+]

@@ -1,0 +1,322 @@
+"""CoSupModel: Gen and Emb_seq with one projection between them.
+
+Shapes: S packed tokens, L labelled tokens, D Gen hidden size, E Emb_seq hidden size, K retrieval positions,
+N candidates, P passages, Q queries, T tokens.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosup import losses
+from cosup.config import ModelSection, UserError
+from cosup.data import Passage
+from cosup.model import adapters, folders
+from cosup.model.folders import ModelSettings
+from cosup.model.lms import (
+    Dtype,
+    add_control_rows,
+    body_of,
+    compute_dtype,
+    context_of,
+    is_decoder,
+    keep_freed_memory,
+    keep_layers,
+    load_body,
+    load_lm,
+    refuse_unsupported,
+)
+from cosup.model.packing import ATTENTION, Batch, batches_by_tokens, last_states, mean_states, packed
+from cosup.template import Template, TemplateSettings, Tokenizer
+
+_TOKENS_PER_BATCH = 4096  # of packed inference
+
+
+class Output(NamedTuple):
+    """What the losses are made of: `ntp` summed and its number of tokens, queries [K, D] and candidates [N, D]."""
+
+    ntp_sum: Tensor
+    ntp_count: int
+    queries_KD: Tensor
+    candidates_ND: Tensor
+
+
+class CoSupModel(nn.Module):
+    """One generator and one passage encoder, trained together.
+
+    Args:
+        gen: a causal LM of transformers.
+        emb: a decoder or encoder of transformers without a head; Gen's own body where the two share their weights.
+        tokenizer: Gen's, with the control tokens.
+        emb_tokenizer: Emb_seq's; the same object where they are the same.
+        settings: see `ModelSettings`.
+
+    Attributes:
+        head_learns: whether the LM head as such gets a gradient; where it is tied, the embeddings still do.
+    """
+
+    # transformers.Trainer looks these up on any model that it saves
+    _keys_to_ignore_on_save = None
+
+    def __init__(
+        self,
+        gen: Any,
+        emb: Any,
+        *,
+        tokenizer: Tokenizer,
+        emb_tokenizer: Tokenizer | None = None,
+        settings: ModelSettings | None = None,
+    ):
+        super().__init__()
+        self.gen, self.emb = gen, emb
+        self.settings = settings or ModelSettings()
+        self.template = Template(tokenizer, emb_tokenizer, settings=self.settings.template)
+        self.head_learns = True
+        for part in (gen, emb):
+            refuse_unsupported(part.config)
+            _use_packed_attention(part)
+        same = gen.config.hidden_size == emb.config.hidden_size
+        self.projection = None if same else nn.Linear(emb.config.hidden_size, gen.config.hidden_size, bias=False)
+        if self.settings.pooling == "auto":
+            pooling = "last" if is_decoder(body_of(emb)) else "mean"
+            self.settings = self.settings.model_copy(update={"pooling": pooling})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dim(self) -> int:
+        """D, the size of a query and of a projected passage vector."""
+        return int(self.gen.config.hidden_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that a passage's vector depends on, as last saved."""
+        return self.settings.fingerprint
+
+    @property
+    def context(self) -> int:
+        """How many tokens Gen can read."""
+        return context_of(self.gen.config)
+
+    def forward(self, batch: Batch) -> Output:
+        """One pass over a step's sequences and passages, the only entry while training, for DDP and FSDP.
+
+        Args:
+            batch: see `Batch`; the parts that an objective does not need are absent and cost nothing.
+        """
+        states_SD = packed(body_of(self.gen), batch["gen_ids"], batch["gen_lengths"])
+        ntp_sum, count = states_SD.new_zeros((), dtype=torch.float32), 0
+        if "labels" in batch:
+            states_LD = states_SD[batch["label_positions"]]
+            ntp_sum, count = losses.ntp(states_LD, self._head, batch["labels"]), len(batch["labels"])
+        if "emb_ids" not in batch:
+            nothing = states_SD.new_zeros((0, self.dim))
+            return Output(ntp_sum, count, nothing, nothing)
+        if self.settings.retriever:
+            states_SD = packed(body_of(self.emb), batch["gen_ids"], batch["gen_lengths"])
+        queries_KD = self.comparable(states_SD[batch["ret_positions"]])
+        return Output(ntp_sum, count, queries_KD, self._embed_packed(batch["emb_ids"], batch["emb_lengths"]))
+
+    def embed(self, ids_PT: Tensor, mask_PT: Tensor) -> Tensor:
+        """Vectors of passages, as candidates and as an index holds them: projected, and normalised for cosine.
+
+        Args:
+            ids_PT: ids from `Template.embedded`, padded on either side.
+            mask_PT: True at real tokens; each row has at least one.
+
+        Returns:
+            [P, D]; row p is Emb_seq's state at the last real token of passage p, or the mean over its real tokens.
+        """
+        lengths: list[int] = mask_PT.sum(1).tolist()
+        return self._embed_packed(ids_PT[mask_PT.bool()], lengths)
+
+    @torch.inference_mode()
+    def embed_passages(self, passages: Sequence[Passage]) -> npt.NDArray[np.float32]:
+        """Vectors of passages for an index.
+
+        Returns:
+            [P, D] float32, in the order of `passages`.
+
+        Raises:
+            UserError: a passage is longer than the model can read.
+        """
+        limit = min(self.settings.template.max_passage_tokens, context_of(self.emb.config))
+        sequences = [self.template.embedded(passage, max_tokens=limit) for passage in passages]
+        for passage in passages:
+            if passage.id in self.template.shortened:
+                self._refuse_endless(passage)
+        return self._in_batches(sequences, self._embed_packed)
+
+    @torch.inference_mode()
+    def query(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.float32]:
+        """Queries of `[Ret]` put right after each prompt: forced retrieval.
+
+        Args:
+            prompts: ids of each prompt.
+
+        Returns:
+            [Q, D] float32.
+        """
+        return self._in_batches([[*prompt, self.template.ret] for prompt in prompts], self._query_packed)
+
+    @torch.inference_mode()
+    def queries(self, states_QD: Tensor, contexts: Sequence[list[int]]) -> Tensor:
+        """Queries of an engine that has read up to `[Ret]`.
+
+        Args:
+            states_QD: Gen's states at `[Ret]`.
+            contexts: all ids up to and with that `[Ret]`; a separate retriever reads them again.
+
+        Returns:
+            [Q, D], to be compared with passage vectors by inner product.
+        """
+        if not self.settings.retriever:
+            return self.comparable(states_QD)
+        ids_S = torch.tensor([i for context in contexts for i in context], device=self.device)
+        return self._query_packed(ids_S, [len(context) for context in contexts])
+
+    def save(self, folder: Path, *, card: str = "", merge: bool = False) -> None:
+        """Writes a model folder: Hugging Face folders, or PEFT adapters, and `cosup.json`; whole or not at all.
+
+        Args:
+            folder: where; one that is there is replaced.
+            card: text of the model card.
+            merge: whether adapters are merged into full weights; they can't be trained on as adapters afterwards.
+        """
+        if merge:
+            self.gen, self.emb = (adapters.merged(part) for part in (self.gen, self.emb))
+        self.settings = folders.write(self, folder, card=card)
+
+    @classmethod
+    def load(cls, folder: Path | str, *, dtype: Dtype = "auto", device: str | None = None) -> Self:
+        """Opens a model folder, or the finished model of a run folder, for inference; adapters are merged.
+
+        Args:
+            folder: written by `save` or `cosup train`.
+            dtype: `auto` is bfloat16 where the hardware multiplies in it, else float32.
+            device: `cuda` where there is one, else `cpu`.
+
+        Raises:
+            UserError: no model there, a newer format, a damaged `cosup.json`.
+        """
+        keep_freed_memory()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        torch_dtype = compute_dtype(dtype, device)
+        parts = folders.read(Path(folder), torch_dtype)
+        model = cls(
+            parts.gen, parts.emb, tokenizer=parts.tokenizer, emb_tokenizer=parts.emb_tokenizer, settings=parts.settings
+        )
+        if model.projection is not None:
+            model.projection.load_state_dict(parts.projection)
+        return model.to(device=torch.device(device), dtype=torch_dtype).eval()
+
+    @classmethod
+    def start(
+        cls,
+        section: ModelSection,
+        *,
+        seed: int = 0,
+        template: TemplateSettings | None = None,
+        retriever: bool = False,
+    ) -> Self:
+        """The model that a recipe starts from, in float32: pretrained LMs with new rows for the control tokens.
+
+        Args:
+            section: the recipe's `model`.
+            seed: of what is initialised.
+            template: the layout of text.
+            retriever: whether Emb_seq encodes both sides, as `separate` training asks.
+        """
+        keep_freed_memory()
+        template = template or TemplateSettings()
+        gen, tokenizer = load_lm(section.gen)
+        torch.manual_seed(seed)
+        add_control_rows(gen, tokenizer, template)
+        emb, emb_tokenizer = _start_emb(section, gen, tokenizer)
+        if retriever and section.emb is not None:
+            raise UserError(
+                f"train.objective separate trains one LM for both sides, a copy of Gen, so model.emb can't be "
+                f"{section.emb!r}: leave it out"
+            )
+        settings = ModelSettings(
+            similarity=section.similarity,
+            temperature=section.temperature,
+            pooling=section.pooling,
+            emb_is_gen=section.emb == "gen",
+            emb_layers=section.emb_layers,
+            retriever=retriever,
+            template=template,
+        )
+        if section.lora is not None:
+            gen, emb = adapters.adapted(section, gen, emb, template=Template(tokenizer, settings=template))
+        return cls(gen, emb, tokenizer=tokenizer, emb_tokenizer=emb_tokenizer, settings=settings)
+
+    def _head(self, states_LD: Tensor) -> Tensor:
+        head = self.gen.get_output_embeddings()
+        if self.head_learns:
+            logits_LV: Tensor = head(states_LD)
+            return logits_LV
+        bias = None if getattr(head, "bias", None) is None else head.bias.detach()
+        return F.linear(states_LD, head.weight.detach(), bias)
+
+    def _embed_packed(self, ids_S: Tensor, lengths: list[int]) -> Tensor:
+        states_SE = packed(body_of(self.emb), ids_S, lengths)
+        vectors_NE = (mean_states if self.settings.pooling == "mean" else last_states)(states_SE, lengths)
+        return self.comparable(vectors_NE if self.projection is None else self.projection(vectors_NE))
+
+    def _query_packed(self, ids_S: Tensor, lengths: list[int]) -> Tensor:
+        body = body_of(self.emb if self.settings.retriever else self.gen)
+        return self.comparable(last_states(packed(body, ids_S, lengths), lengths))
+
+    def _in_batches(
+        self, sequences: Sequence[list[int]], run: Callable[[Tensor, list[int]], Tensor]
+    ) -> npt.NDArray[np.float32]:
+        """Runs packed batches of about equal cost; the longest sequences come first, so that memory fails at once."""
+        out_PD = np.empty((len(sequences), self.dim), np.float32)
+        for rows in batches_by_tokens([len(s) for s in sequences], _TOKENS_PER_BATCH):
+            ids_S = torch.tensor([i for row in rows for i in sequences[row]], device=self.device)
+            out_PD[rows] = run(ids_S, [len(sequences[row]) for row in rows]).float().cpu().numpy()
+        return out_PD
+
+    def _refuse_endless(self, passage: Passage) -> None:
+        length = len(self.template.encode(self.template.passage_text(passage)))
+        context = min(context_of(self.gen.config), context_of(self.emb.config))
+        if length > context:
+            raise UserError(
+                f"passage {passage.id!r} has {length:,} tokens, and the model reads at most {context:,}: "
+                "split it, for instance with `cosup ingest`"
+            )
+
+    def comparable(self, x: Tensor) -> Tensor:
+        """States or vectors [.., D] as they are scored by inner product: normalised for cosine."""
+        return F.normalize(losses.accurate(x), dim=-1) if self.settings.similarity == "cosine" else x
+
+
+def _start_emb(section: ModelSection, gen: Any, tokenizer: Tokenizer) -> tuple[Any, Tokenizer]:
+    if section.emb == "gen":
+        return body_of(gen), tokenizer
+    emb, emb_tokenizer = (copy.deepcopy(body_of(gen)), tokenizer) if section.emb is None else load_body(section.emb)
+    if section.emb_layers is not None:
+        keep_layers(emb, section.emb_layers)
+    return emb, emb_tokenizer
+
+
+def _use_packed_attention(part: Any) -> None:
+    inner = part.get_base_model() if hasattr(part, "get_base_model") else part
+    try:
+        inner.set_attn_implementation(ATTENTION)
+    except ValueError:
+        raise UserError(
+            f"models of type {inner.config.model_type!r} have an attention of their own, which can't be packed; "
+            "name another model"
+        ) from None

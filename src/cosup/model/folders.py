@@ -1,0 +1,131 @@
+"""Model folders on disk: `gen/`, `emb/`, `projection.safetensors` and `cosup.json`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from cosup.config import Similarity, UserError
+from cosup.files import atomic_folder, sha256
+from cosup.model import adapters
+from cosup.model.lms import body_of, find_model, quiet, without_pooler
+from cosup.template import TemplateSettings, Tokenizer
+
+if TYPE_CHECKING:
+    from cosup.model.core import CoSupModel
+
+FORMAT_VERSION = 1
+
+
+class ModelSettings(BaseModel):
+    """What `cosup.json` of a model folder says besides the weights.
+
+    Args:
+        format_version: of the folder.
+        similarity: cosine vectors come out normalised, so that everybody scores by inner product.
+        temperature: tau of L_NSP.
+        pooling: what of Emb_seq's states is a passage's vector: that of the last token, or the mean; `auto` is `last`
+            for decoders and `mean` for encoders.
+        emb_is_gen: whether Emb_seq is Gen's own body; `emb/` is absent then.
+        emb_layers: how many of its base's layers an adapted Emb_seq keeps.
+        retriever: whether Emb_seq encodes the queries too, apart from Gen.
+        template: the layout of text.
+        fingerprint: of all that a passage's vector depends on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    similarity: Similarity = "cosine"
+    temperature: float = 0.05
+    pooling: Literal["auto", "last", "mean"] = "auto"
+    emb_is_gen: bool = False
+    emb_layers: int | None = None
+    retriever: bool = False
+    template: TemplateSettings = TemplateSettings()
+    fingerprint: str = ""
+
+
+class Parts(NamedTuple):
+    """What a model folder holds."""
+
+    gen: Any
+    emb: Any
+    tokenizer: Tokenizer
+    emb_tokenizer: Tokenizer
+    projection: dict[str, Tensor]
+    settings: ModelSettings
+
+
+def write(model: "CoSupModel", folder: Path, *, card: str) -> ModelSettings:
+    """Writes a model folder whole or not at all, and returns the settings with the new fingerprint."""
+    with atomic_folder(folder, marker="cosup.json") as new, quiet():
+        _save_part(model.gen, model.template.tokenizer, new / "gen")
+        if not model.settings.emb_is_gen:
+            _save_part(model.emb, model.template.emb_tokenizer, new / "emb")
+        if model.projection is not None:
+            save_file({"weight": model.projection.weight.detach().contiguous()}, new / "projection.safetensors")
+        settings = model.settings.model_copy(update={"fingerprint": _fingerprint(new, model.settings)})
+        (new / "cosup.json").write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (new / "README.md").write_text(card, encoding="utf-8")
+    return settings
+
+
+def read(folder: Path, dtype: torch.dtype) -> Parts:
+    """Opens a model folder, or that of a run. Raises UserError for what `CoSupModel.load` says."""
+    folder = find_model(folder)
+    settings = read_settings(folder)
+    with quiet():
+        gen, tokenizer = _load_part(folder / "gen", AutoModelForCausalLM, dtype, settings)
+        if settings.emb_is_gen:
+            emb, emb_tokenizer = body_of(gen), tokenizer
+        else:
+            emb, emb_tokenizer = _load_part(folder / "emb", AutoModel, dtype, settings)
+    projection = folder / "projection.safetensors"
+    weights = load_file(projection) if projection.is_file() else {}
+    return Parts(gen, emb, tokenizer, emb_tokenizer, weights, settings)
+
+
+def read_settings(folder: Path) -> ModelSettings:
+    """The settings of a model folder. Raises UserError if they are damaged or of a newer format."""
+    file = folder / "cosup.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw["format_version"] > FORMAT_VERSION:
+            raise UserError(
+                f"{file} has format version {raw['format_version']}, newer than this cosup reads; upgrade cosup"
+            )
+        return ModelSettings.model_validate(raw)
+    except (ValidationError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise UserError(f"{file} is damaged: {str(e).splitlines()[0]}") from None
+
+
+def _save_part(part: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    part.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSettings) -> tuple[Any, Tokenizer]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if adapters.is_adapter(folder):
+        layers = settings.emb_layers if kind is AutoModel else None
+        return adapters.load_merged(
+            folder, tokenizer, dtype=dtype, layers=layers, template=settings.template
+        ), tokenizer
+    return without_pooler(kind.from_pretrained(folder, dtype=dtype)), tokenizer
+
+
+def _fingerprint(folder: Path, settings: ModelSettings) -> str:
+    """SHA-256 over all that a passage's vector depends on: Emb_seq, projection, similarity and passage layout."""
+    emb = folder / ("gen" if settings.emb_is_gen else "emb")
+    files = (*sorted(emb.glob("*.safetensors")), emb / "adapter_config.json", folder / "projection.safetensors")
+    weights = [sha256(file) for file in files if file.is_file()]
+    template = settings.template
+    layout = [settings.similarity, settings.pooling, template.passage, template.end_token, template.max_passage_tokens]
+    return hashlib.sha256(json.dumps([weights, layout]).encode()).hexdigest()

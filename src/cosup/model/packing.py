@@ -1,0 +1,179 @@
+"""Packed sequences: laid end to end in one row without padding, each blind to the others.
+
+Shapes: S packed tokens, L labelled tokens, D hidden size, K retrieval positions, N candidates, I ignored pairs,
+B batch, H heads, T tokens, d head size.
+
+A vector therefore can't depend on what else is in the batch, and nothing is computed for padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NotRequired, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from cosup.template import IGNORED, Rendered
+
+ATTENTION = "cosup"
+
+
+class Batch(TypedDict):
+    """Packed sequences of one step, or of a part of it; see `cosup.train.Collator`.
+
+    `gen_ids` [S] and `gen_lengths`: Gen's sequences. `label_positions` [L] and `labels` [L]: which states predict what;
+    absent where `ntp` is not trained. Absent where `nsp` is not: `ret_positions` [K], the states that query; `emb_ids`
+    and `emb_lengths`, the N distinct passages; `candidates` [N], their keys, `NOBODY` where a sequence stands for none;
+    `gold` [K], the keys to find; `ignored` [2, I], pairs of a query and a key neither label nor negative for it.
+    """
+
+    gen_ids: Tensor
+    gen_lengths: list[int]
+    label_positions: NotRequired[Tensor]
+    labels: NotRequired[Tensor]
+    ret_positions: NotRequired[Tensor]
+    emb_ids: NotRequired[Tensor]
+    emb_lengths: NotRequired[list[int]]
+    candidates: NotRequired[Tensor]
+    gold: NotRequired[Tensor]
+    ignored: NotRequired[Tensor]
+    example_ids: NotRequired[list[str]]
+
+
+def pack(rows: Sequence[Rendered], *, labels: bool = True) -> Batch:
+    """Training sequences laid end to end.
+
+    Args:
+        rows: at least one.
+        labels: whether `ntp` is wanted.
+    """
+    batch: Batch = {
+        "gen_ids": torch.tensor([i for row in rows for i in row.ids]),
+        "gen_lengths": [len(row.ids) for row in rows],
+    }
+    if labels:
+        labels_S = torch.tensor([label for row in rows for label in row.labels])
+        # a state predicts the token after it; the first token of a sequence is never labelled
+        places_L = (labels_S != IGNORED).nonzero()[:, 0]
+        batch["label_positions"], batch["labels"] = places_L - 1, labels_S[places_L]
+    return batch
+
+
+def chunk_count(batch: Batch, size: int) -> int:
+    """How many chunks `chunks` makes of a batch."""
+    longest = max(len(batch["gen_lengths"]), len(batch.get("emb_lengths", ())))
+    return -(-longest // size)
+
+
+def chunks(batch: Batch, size: int, *, count: int) -> list[Batch]:
+    """A batch in parts of at most `size` sequences of Gen and `size` passages each.
+
+    Args:
+        batch: not changed.
+        size: of a part.
+        count: how many parts, at least `chunk_count`; those that have nothing left hold one token that counts for
+            nothing, so that processes with unequal work go through the same number of parts.
+    """
+    return [_chunk(batch, range(i * size, (i + 1) * size)) for i in range(count)]
+
+
+def _chunk(batch: Batch, rows: range) -> Batch:
+    start, stop = _span(batch["gen_lengths"], rows)
+    part: Batch = {
+        "gen_ids": batch["gen_ids"][start:stop],
+        "gen_lengths": batch["gen_lengths"][rows.start : rows.stop],
+    }
+    if not part["gen_lengths"]:
+        part["gen_ids"], part["gen_lengths"] = batch["gen_ids"][:1], [1]
+    if "labels" in batch:
+        here_L = _within(batch["label_positions"], start, stop)
+        part["label_positions"], part["labels"] = batch["label_positions"][here_L] - start, batch["labels"][here_L]
+    if "emb_ids" in batch:
+        part["ret_positions"] = batch["ret_positions"][_within(batch["ret_positions"], start, stop)] - start
+        first, last = _span(batch["emb_lengths"], rows)
+        part["emb_ids"], part["emb_lengths"] = (
+            batch["emb_ids"][first:last],
+            batch["emb_lengths"][rows.start : rows.stop],
+        )
+        if not part["emb_lengths"]:
+            part["emb_ids"], part["emb_lengths"] = batch["emb_ids"][:1], [1]
+    return part
+
+
+def _span(lengths: Sequence[int], rows: range) -> tuple[int, int]:
+    starts = list(accumulate(lengths, initial=0))
+    return starts[min(rows.start, len(lengths))], starts[min(rows.stop, len(lengths))]
+
+
+def _within(positions: Tensor, start: int, stop: int) -> Tensor:
+    return (positions >= start) & (positions < stop)
+
+
+def batches_by_tokens(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Rows sorted by length, longest first, in groups of at most `tokens` tokens, or of one row."""
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    group: list[int] = []
+    size = 0
+    for row in rows:
+        if group and size + lengths[row] > tokens:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += lengths[row]
+    if group:
+        yield group
+
+
+def packed(body: nn.Module, ids_S: Tensor, lengths: list[int]) -> Tensor:
+    """Last hidden states [S, D] of sequences laid end to end."""
+    positions_S = torch.cat([torch.arange(length, device=ids_S.device) for length in lengths])
+    out = body(input_ids=ids_S[None], position_ids=positions_S[None], seq_lens=lengths, use_cache=False)
+    states_SD: Tensor = out.last_hidden_state[0]
+    return states_SD
+
+
+def last_states(states_SD: Tensor, lengths: list[int]) -> Tensor:
+    """The state of each sequence's last token."""
+    return states_SD[torch.tensor(lengths, device=states_SD.device).cumsum(0) - 1]
+
+
+def mean_states(states_SD: Tensor, lengths: list[int]) -> Tensor:
+    """The mean of each sequence's states."""
+    return torch.stack([part.mean(0) for part in states_SD.split(lengths)])
+
+
+def attention(
+    module: nn.Module,
+    query_BHTd: Tensor,
+    key_BHTd: Tensor,
+    value_BHTd: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    seq_lens: list[int] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed sequences, and of the engine's rows, in transformers' interface.
+
+    With `seq_lens`, the one row holds several sequences, each blind to the others, and causal unless the module says
+    that it is not; a loop over them is faster on a CPU than any mask over the packed row. Without, `attention_mask` is
+    a 4D float mask, added as it is.
+    """
+    if seq_lens is None:
+        out = F.scaled_dot_product_attention(
+            query_BHTd, key_BHTd, value_BHTd, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+    causal = getattr(module, "is_causal", True)
+    parts = zip(*(x.split(seq_lens, 2) for x in (query_BHTd, key_BHTd, value_BHTd)), strict=True)
+    outs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, dropout_p=dropout, enable_gqa=True)
+        for q, k, v in parts
+    ]
+    return torch.cat(outs, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attention)

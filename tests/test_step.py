@@ -1,0 +1,204 @@
+"""Two gloo processes give the loss and every gradient of one process on the joined batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cosup.config import Objective, TrainSection
+from cosup.data import Evidence, Example, Passage, Text
+from cosup.model import Batch, CoSupModel, chunk_count, chunks
+from cosup.model.core import Output
+from cosup.train import Collator, backward_in_chunks, objective_loss
+
+PASSAGES = [Passage(f"p{i}", f"{text} ({i})", "Title") for i, text in enumerate(["Oslo", "krone", "iron, gold"] * 4)]
+
+
+def cites(id: str, *passages: str, negatives: tuple[str, ...] = (), also: tuple[str, ...] = ()) -> Example:
+    parts = tuple(Evidence(passage, f"claim {passage}", also=also, negatives=negatives) for passage in passages)
+    return Example(id, "squad", f"what of {id}?", parts)
+
+
+def says(id: str) -> Example:
+    return Example(id, "squad", "Hello?", (Text("Hello, world! " + id),))
+
+
+CASES: dict[str, tuple[list[Example], list[Example]]] = {
+    "even": ([cites("a", "p0"), says("b")], [cites("c", "p1"), cites("d", "p2")]),
+    "uneven": ([cites("a", "p0", "p3", "p4"), cites("b", "p1"), cites("x", "p5")], [cites("c", "p2")]),
+    "zero on one rank": ([cites("a", "p0"), cites("b", "p1", negatives=("p2",))], [says("c"), says("d")]),
+    "zero on all ranks": ([says("a")], [says("b"), says("c")]),
+    "the same gold": ([cites("a", "p0"), cites("b", "p1")], [cites("c", "p0", also=("p1",))]),
+    "the same negative": (
+        [cites("a", "p0", negatives=("p5", "p6"))],
+        [cites("b", "p1", negatives=("p6",)), cites("c", "p2", negatives=("p6", "p7"), also=("p5",))],
+    ),
+}
+OBJECTIVES: tuple[Objective, ...] = ("ntp+nsp", "nsp")
+WAYS = ("ddp", "ddp in chunks", "fsdp", "fsdp in chunks")
+
+
+def settings(objective: Objective) -> dict[str, Any]:
+    return {"objective": objective, "lambda_": 1.0, "temperature": 0.05}
+
+
+def collate(model: CoSupModel, examples: list[Example], objective: Objective) -> Batch:
+    section = TrainSection(objective=objective, negatives=4)
+    return Collator(model.template, {p.id: p for p in PASSAGES}, section)(examples)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Of every parameter, whole; zeros where there is none."""
+    whole = {}
+    for name, p in model.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        whole[name.removeprefix("module.")] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).detach()
+    return whole
+
+
+def step(model: Any, batch: Batch, objective: Objective, *, chunk: int | None) -> Tensor:
+    model.zero_grad()
+    if chunk is not None:
+        return backward_in_chunks(model, batch, size=chunk, **settings(objective))[0]
+    loss, _ = objective_loss(model(batch), batch, **settings(objective))
+    loss.backward()
+    return loss.detach()
+
+
+def two_processes(work: Callable[..., None], folder: Path, *args: Any, seconds: int = 120) -> None:
+    """Runs `work(rank, folder, *args)` in two gloo processes; fails if they do not end in time."""
+    context = mp.start_processes(_process, (work, folder, args), nprocs=2, join=False, start_method="spawn")
+    if not context.join(timeout=seconds):  # returns as soon as one ends
+        deadline_passed = not context.join(timeout=seconds)
+        for process in context.processes:
+            process.kill()
+        assert not deadline_passed, f"two processes did not end within {seconds} seconds: they wait for each other"
+
+
+def _process(rank: int, work: Callable[..., None], folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    work(rank, folder, *args)
+    dist.destroy_process_group()
+
+
+def every_case(rank: int, folder: Path, model_folder: Path) -> None:
+    for way in WAYS:
+        for objective in OBJECTIVES:
+            model = wrap(CoSupModel.load(model_folder, dtype="float64", device="cpu"), way, objective)
+            inner = model.module if hasattr(model, "module") else model
+            for case, halves in CASES.items():
+                batch = collate(inner, halves[rank], objective)
+                loss = step(model, batch, objective, chunk=1 if "chunks" in way else None)
+                dist.all_reduce(loss)
+                result = {"loss": loss / 2} | gradients(model)
+                if rank == 0:
+                    save_file({k: v.contiguous() for k, v in result.items()}, folder / f"{way}.{objective}.{case}")
+
+
+def wrap(model: CoSupModel, way: str, objective: Objective) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model.train()
+    if way.startswith("ddp"):
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (*model.gen.model.layers, *model.emb.layers):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def distributed(_tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    two_processes(every_case, folder, _tiny_model)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_give_the_loss_and_every_gradient_of_one(
+    distributed: Path, tiny: CoSupModel, way: str, objective: Objective, case: str
+) -> None:
+    first, second = CASES[case]
+    tiny.train()
+    loss = step(tiny, collate(tiny, first + second, objective), objective, chunk=None)
+    expected, actual = gradients(tiny), load_file(distributed / f"{way}.{objective}.{case}")
+    assert actual.pop("loss").item() == pytest.approx(loss.item(), rel=1e-9)
+    assert set(actual) == set(expected)
+    moved = 0
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+        moved += bool(gradient.norm() > 1e-9)
+    assert moved > 10 or (objective == "nsp" and case == "zero on all ranks")  # or the test would say nothing
+
+
+@pytest.fixture
+def droppy(_tiny_model: Path) -> CoSupModel:
+    """The tiny model in float64, training, with dropout in its attention."""
+    model = CoSupModel.load(_tiny_model, dtype="float64", device="cpu").train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    return model
+
+
+@pytest.mark.parametrize("objective", ["ntp+nsp", "nsp", "ntp"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_cached_gradients_equal_the_plain_ones_with_dropout_on(
+    droppy: CoSupModel, objective: Objective, size: int
+) -> None:
+    examples = CASES["uneven"][0] + CASES["the same negative"][1]
+    batch = collate(droppy, examples, objective)
+    torch.manual_seed(5)
+    loss = plain_over_chunks(droppy, batch, objective, size)
+    expected = gradients(droppy)
+    torch.manual_seed(5)
+    cached = step(droppy, batch, objective, chunk=size)
+    assert cached.item() == pytest.approx(loss.item(), rel=1e-12)
+    for name, gradient in gradients(droppy).items():
+        error = (gradient - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)
+        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+    torch.manual_seed(6)
+    other = step(droppy, batch, objective, chunk=size)
+    assert abs(other.item() - loss.item()) > 1e-6  # dropout was on
+
+
+def plain_over_chunks(model: CoSupModel, batch: Batch, objective: Objective, size: int) -> Tensor:
+    """Loss and gradient with the activations of all chunks in memory."""
+    model.zero_grad()
+    outputs = [model(part) for part in chunks(batch, size, count=chunk_count(batch, size))]
+    sizes = [len(batch.get("emb_lengths", ())[i * size : (i + 1) * size]) for i in range(len(outputs))]
+    joined = Output(
+        torch.stack([output.ntp_sum for output in outputs]).sum(),
+        sum(output.ntp_count for output in outputs),
+        torch.cat([output.queries_KD for output in outputs]),
+        torch.cat([output.candidates_ND[:n] for output, n in zip(outputs, sizes, strict=True)]),
+    )
+    loss, _ = objective_loss(joined, batch, **settings(objective))
+    loss.backward()
+    return loss.detach()
+
+
+def test_chunks_hold_every_label_query_and_passage_once(tiny: CoSupModel) -> None:
+    batch = collate(tiny, CASES["uneven"][0], "ntp+nsp")
+    parts = chunks(batch, 2, count=5)
+    labels = torch.cat([part["labels"] for part in parts])
+    assert torch.equal(labels, batch["labels"])
+    asked = torch.cat([part["gen_ids"][part["ret_positions"]] for part in parts])
+    assert len(asked) == len(batch["ret_positions"])
+    assert set(asked.tolist()) == {tiny.template.ret}
+    read = [part["gen_ids"][part["label_positions"] + 1] for part in parts]
+    assert torch.equal(torch.cat(read), batch["labels"])
+    assert len(parts[-1]["gen_ids"]) == 1
+    assert not len(parts[-1]["labels"])
