@@ -108,7 +108,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_valid_one(write, key, neare
         ("train.lambda=-1", "train.lambda: input should be greater than or equal to 0, not -1"),
         ("train.warmup=1", "train.warmup: input should be less than 1, not 1"),
         ("train.batch_size=many", "train.batch_size: "),
-        ("train.objective=both", "train.objective: input should be 'ntp', 'nsp' or 'ntp+nsp', not 'both'"),
+        ("train.objective=both", "train.objective: input should be 'ntp', 'nsp', 'ntp+nsp' or 'separate', not 'both'"),
         ("data.train=[]", "data.train: "),
         ("name=a/b", "name: "),
     ],
@@ -128,11 +128,18 @@ def test_every_mistake_is_told_at_once(write):
     assert all(part in said for part in ("model.temperature", "train.epochs", "'sead'"))
 
 
-@pytest.mark.parametrize("key", ["gradient_accumulation_steps", "per_device_train_batch_size"])
-def test_trainer_keys_that_would_split_the_candidates_are_refused(write, key):
+@pytest.mark.parametrize(
+    ("key", "ours"), [("gradient_accumulation_steps", "chunk_size"), ("per_device_train_batch_size", "batch_size")]
+)
+def test_trainer_keys_that_would_split_the_candidates_are_refused(write, key, ours):
     said = _refused(write(), f"train.trainer.{key}=2")
     assert f"train.trainer.{key}" in said
-    assert "set train.batch_size instead" in said
+    assert f"set train.{ours} instead" in said
+
+
+def test_settings_that_contradict_each_other_are_refused(write):
+    assert "emb_layers can't cut Gen's own body" in _refused(write(), "model.emb=gen", "model.emb_layers=2")
+    assert "go together" in _refused(write(), "train.eval_steps=5")
 
 
 def test_a_mapping_without_a_file_is_refused_in_the_name_of_the_recipe():
