@@ -1,9 +1,12 @@
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from cosup import losses
 from cosup.config import Recipe, TrainSection, UserError, parse_recipe
@@ -279,3 +282,22 @@ def test_neighbours_stand_together_every_example_comes_once_and_epochs_differ() 
     assert list(sampler) != first
     alone = list(NeighbourSampler(titles, size=1, seed=0))
     assert sum(titles[a] == titles[b] for a, b in itertools.pairwise(alone)) < 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_two_processes_of_torchrun_train_like_one(recipe: dict, tmp_path: Path, chunk: int | None) -> None:
+    raw = recipe | {"train": recipe["train"] | {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3}}
+    raw["train"] |= {"chunk_size": chunk, "batch_size": 2}
+    raw["data"] = raw["data"] | {"only_with_retrieval": True}  # leaves six, which two processes share evenly
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    train_recipe(parse_recipe(raw), tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+    command = [*torchrun, "-m", "cosup.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = ([row for row in rows_of(tmp_path / run) if "ntp" in row] for run in ("one", "two"))
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    for name in ("ntp", "nsp", "grad_norm", "candidates", "accuracy"):
+        assert [row.get(name) for row in two] == pytest.approx([row.get(name) for row in one], rel=1e-3), name
+    assert CoSupModel.load(tmp_path / "two").fingerprint

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
@@ -49,7 +50,7 @@ def train_recipe(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     run = out or Path("runs") / recipe.name
-    processes = PartialState()
+    processes = PartialState(cpu=not torch.accelerator.is_available())
     _refuse_another(run, recipe)
     if (run / "model" / "cosup.json").is_file():
         return run

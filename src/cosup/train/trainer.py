@@ -349,6 +349,7 @@ def _arguments(section: TrainSection, folder: Path, seed: int) -> TrainingArgume
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
     }
     if clash := sorted(set(ours) & set(section.trainer)):
         raise UserError(
