@@ -1,6 +1,7 @@
 import copy
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,12 @@ from cosup.engine import (
     ClaimClosed,
     ClaimOpened,
     Engine,
+    Event,
     Finished,
     Inserted,
     Options,
     Retrieved,
+    Session,
     Token,
 )
 from cosup.index import FlatIndex, Hit, build_index
@@ -41,10 +44,10 @@ class ScriptedBody(nn.Module):
         self.chunks: list[list[int]] = []
         self.cached: list[int] = []
 
-    def forward(self, input_ids, position_ids, attention_mask, past_key_values, use_cache):  # type: ignore[no-untyped-def]
+    def forward(self, input_ids, position_ids, past_key_values, use_cache, attend):  # type: ignore[no-untyped-def]
         self.chunks.append(input_ids[0].tolist())
         keys, _ = past_key_values.update(*[input_ids[:, None, :, None].double()] * 2, 0)
-        self.cached = keys[0, 0, :, 0].long().tolist()
+        self.cached = keys[0, 0, : int(position_ids.max()) + 1, 0].long().tolist()
         following = [self.script[p + 1] if p + 1 < len(self.script) else 0 for p in position_ids[0].tolist()]
         states = torch.nn.functional.one_hot(torch.tensor([following]), self.vocabulary).double()
         return SimpleNamespace(last_hidden_state=states)
@@ -71,15 +74,16 @@ def scripted(tiny: CoSupModel, script: list[int]) -> tuple[SimpleNamespace, Scri
     vocabulary = len(tiny.template.tokenizer)
     body = ScriptedBody(script, vocabulary)
     gen = SimpleNamespace(
-        base_model=body, get_output_embeddings=lambda: nn.Identity(), config=SimpleNamespace(num_hidden_layers=1)
+        base_model=body,
+        get_output_embeddings=lambda: nn.Identity(),
+        config=SimpleNamespace(num_hidden_layers=1, max_position_embeddings=512),
     )
     model = SimpleNamespace(
         gen=gen,
         template=tiny.template,
         device=torch.device("cpu"),
-        context=512,
         fingerprint="same",
-        comparable=lambda states: states,
+        queries=lambda states, contexts: states,
     )
     return model, body
 
@@ -127,6 +131,11 @@ def test_a_response_that_ends_inside_a_character_shows_only_whole_ones(
     shown = [e.text for e in Engine(model, OnePassage(passages[0])).stream(prompt) if isinstance(e, Token)]  # type: ignore[arg-type]
     assert "".join(shown) == "é中é"
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in shown)
+
+
+def drain(session: Session) -> Iterator[tuple[int, Event]]:
+    while session.active or session.waiting:
+        yield from session.step()
 
 
 def make_talkative(model: CoSupModel) -> None:
@@ -198,7 +207,10 @@ def test_greedy_output_equals_a_naive_loop_that_reads_everything_again(
     written: dict[int, list[int]] = {request: [] for request in range(len(prompts))}
     reasons: dict[int, str] = {}
     seen: Counter[str] = Counter()
-    for request, event in Engine(tiny, index, options).events(prompts):
+    session = Engine(tiny, index, options).session()
+    for prompt in prompts:
+        session.submit(prompt)
+    for request, event in drain(session):
         if isinstance(event, Token):
             written[request].append(event.id)
         if isinstance(event, Finished):

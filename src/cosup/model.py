@@ -202,6 +202,19 @@ class CoSupModel(nn.Module):
         """
         return self._in_batches([[*prompt, self.template.ret] for prompt in prompts], self._query_packed)
 
+    def queries(self, states_QD: Tensor, contexts: Sequence[list[int]]) -> Tensor:
+        """What is searched with, while Gen writes.
+
+        Args:
+            states_QD: Gen's last states at each `[Ret]`.
+            contexts: all ids up to and with that `[Ret]`.
+
+        Returns:
+            [Q, D], comparable with the vectors of an index by inner product.
+        """
+        assert len(states_QD) == len(contexts)
+        return self.comparable(states_QD)
+
     def save(self, folder: Path, *, card: str = "") -> None:
         """Writes a model folder: plain Hugging Face folders and `cosup.json`; whole or not at all.
 
@@ -462,13 +475,17 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     seq_lens: list[int] | None = None,
+    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed sequences, and of the engine's rows, in transformers' interface.
 
     With `seq_lens`, the one row holds several sequences, each causal and blind to the others; a loop over them is
-    faster on a CPU than any mask over the packed row. Without, `attention_mask` is a 4D float mask, added as it is.
+    faster on a CPU than any mask over the packed row. With `attend`, the engine's cache computes it. With neither,
+    `attention_mask` is a 4D float mask, added as it is.
     """
+    if attend is not None:
+        return attend(query_BHTd, key_BHTd, value_BHTd, scaling).transpose(1, 2), None
     if seq_lens is None:
         out = F.scaled_dot_product_attention(
             query_BHTd, key_BHTd, value_BHTd, attn_mask=attention_mask, scale=scaling, enable_gqa=True
