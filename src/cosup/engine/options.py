@@ -31,6 +31,8 @@ class Options:
         seed: of the sampling; the same request gives the same response, whatever else is answered beside it.
         stop: strings before which the response ends; they are not part of it.
         rows: of the engine: requests that are worked on at once. Without effect in the options of one request.
+        guesses: of the engine: most tokens that a row reads ahead where few rows are in use, guessed from what the
+            context repeats; they change the speed, not the response. 0 turns it off.
 
     Raises:
         UserError: a value out of range, or two that contradict each other.
@@ -50,9 +52,17 @@ class Options:
     seed: int = 0
     stop: tuple[str, ...] = ()
     rows: int = 16
+    guesses: int = 7
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("max_retrievals", 0), ("candidates", 1), ("top_k", 0), ("rows", 1)):
+        for name, least in (
+            ("max_new_tokens", 1),
+            ("max_retrievals", 0),
+            ("candidates", 1),
+            ("top_k", 0),
+            ("rows", 1),
+            ("guesses", 0),
+        ):
             _refuse(getattr(self, name) < least, name, getattr(self, name), f"at least {least}")
         _refuse(not 0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         _refuse(not 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")

@@ -1,12 +1,13 @@
 """Reading: chunks of several rows pass through Gen in one go, each at its own place in a shared key-value cache.
 
-Shapes: S tokens of a step, laid end to end in one row; R rows of the cache; L cached tokens; C tokens of a chunk;
-D hidden size; V vocabulary; H heads of queries, G heads of keys and values, N = H / G; d head size.
+Shapes: S tokens of a step, laid end to end in one row; W wanted states; R rows of the cache; L cached tokens; C tokens
+of a chunk; D hidden size; V vocabulary; H heads of queries, G heads of keys and values, N = H / G; d head size.
 
 Nothing is padded. The linear layers see all tokens of a step at once, so that a row that writes a token costs little
 beside one that reads a passage.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +21,19 @@ from cosup.model import CoSupModel
 
 
 class Chunk(NamedTuple):
-    """Tokens to be read: by which row of the cache, from which place on, and their ids, at least one."""
+    """Tokens to be read by a row.
+
+    Args:
+        slot: which row of the cache.
+        start: how many tokens it holds.
+        ids: what it reads, at least one.
+        wanted: of how many of its last tokens the states are returned.
+    """
 
     slot: int
     start: int
     ids: list[int]
+    wanted: int = 1
 
 
 class Reader:
@@ -42,10 +51,10 @@ class Reader:
         self._cache = Cache(layers=list(self._layers))
 
     def read(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Last hidden states [R, D] at the last token of each chunk; what stands behind a chunk is overwritten.
+        """Last hidden states [W, D] of the wanted tokens, chunk by chunk; what a row held behind them is overwritten.
 
         Args:
-            chunks: R chunks of different rows; each row holds at least the tokens before its chunk.
+            chunks: of different rows.
         """
         # rows that read one token attend together, so they stand together
         order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].ids) > 1, chunks[i].slot))
@@ -59,11 +68,10 @@ class Reader:
             use_cache=True,
             attend=step.attend,
         )
-        places = [0] * len(chunks)
-        for i, last in zip(order, step.last, strict=True):
-            places[i] = last
-        states_RD: Tensor = out.last_hidden_state[0, places]
-        return states_RD
+        ends = dict(zip(order, itertools.accumulate(step.lengths), strict=True))
+        places = [place for i, chunk in enumerate(chunks) for place in range(ends[i] - chunk.wanted, ends[i])]
+        states_WD: Tensor = out.last_hidden_state[0, places]
+        return states_WD
 
     def logits(self, states_RD: Tensor) -> Tensor:
         """Next-token logits [R, V]."""
@@ -84,7 +92,6 @@ class _Step:
         self.chunks, self.lengths = chunks, lengths
         self.end = max(chunk.start + len(chunk.ids) for chunk in chunks)
         self.rows = max(chunk.slot for chunk in chunks) + 1
-        self.last = (torch.tensor(lengths).cumsum(0) - 1).tolist()
         self.ids_S = torch.tensor([i for chunk in chunks for i in chunk.ids], device=device)
         self.columns_S = torch.cat([torch.arange(c.start, c.start + len(c.ids)) for c in chunks]).to(device)
         self.slots_S = (

@@ -5,6 +5,7 @@ The rules: Gen can't write `[Cs]`, and `[Ce]` only inside a claim. `[Ret]` is fo
 whose search finds nothing is taken back.
 """
 
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -72,6 +73,24 @@ class Row:
         if self._nothing_found or len(self._hits) >= self.options.most_retrievals:
             banned.append(t.ret)
         return banned
+
+    def guess(self, most: int) -> list[int]:
+        """What may come next, none of it sure: what followed when the last two tokens stood here before.
+
+        Claims repeat their passages. Guesses are read together with the token before them, and kept as far as Gen
+        chooses the same.
+
+        Args:
+            most: how many, at most.
+        """
+        left = self.options.max_new_tokens - self._sampled - 1
+        most = min(most, left, self._limit - len(self.context))
+        pair, t = self.context[-2:], self._template
+        for place in range(len(self.context) - 2, 1, -1) if most > 0 else ():
+            if self.context[place - 2 : place] == pair:
+                ahead = self.context[place : place + most]
+                return list(itertools.takewhile(lambda token: token not in (t.ret, t.cs, t.ce, t.eos), ahead))
+        return []
 
     def draw(self) -> float:
         """The next random number of this request, from [0, 1)."""

@@ -27,6 +27,10 @@ TOKENS_PER_STEP = 512
 """Most tokens of prompts and passages that one step reads, so that rows that write don't wait long for the others."""
 
 
+CHEAP_TOKENS = 8
+"""So many tokens pass through Gen in hardly more time than one: its weights have to be fetched anyway."""
+
+
 @dataclass(slots=True)
 class Seconds:
     """Where the time of a session went.
@@ -177,20 +181,20 @@ class Session:
     def _advance(self) -> None:
         """One pass through Gen, and what follows from it for the rows that have read all they had to."""
         chunks = self._chunks()
-        long = any(len(chunk.ids) > 1 for chunk in chunks)
+        long = any(len(chunk.ids) > chunk.wanted for chunk in chunks)
         with self._timing("reading" if long else "writing"):
-            states_RD = self._reader.read(chunks)
-        rows = [self._row(chunk.slot) for chunk in chunks]
-        for row, chunk in zip(rows, chunks, strict=True):
-            row.read(len(chunk.ids))
-        asking = [i for i, row in enumerate(rows) if row.asks]
-        writing = [i for i, row in enumerate(rows) if not row.asks and not row.unread]
+            states_WD = self._reader.read(chunks)
+        for chunk in chunks:
+            self._row(chunk.slot).read(len(chunk.ids) - chunk.wanted + 1)
+        pairs = list(zip(chunks, states_WD.split([chunk.wanted for chunk in chunks]), strict=True))
+        asking = [(self._row(chunk.slot), states) for chunk, states in pairs if self._row(chunk.slot).asks]
+        writing = [pair for pair in pairs if not self._row(pair[0].slot).asks and not self._row(pair[0].slot).unread]
         if asking:
             with self._timing("searching"):
-                self._retrieve([rows[i] for i in asking], states_RD[asking])
+                self._retrieve([row for row, _ in asking], torch.cat([states for _, states in asking]))
         if writing:
             with self._timing("sampling"):
-                self._write([rows[i] for i in writing], states_RD[writing])
+                self._write([chunk for chunk, _ in writing], torch.cat([states for _, states in writing]))
 
     def _row(self, slot: int) -> Row:
         row = self._rows[slot]
@@ -200,15 +204,17 @@ class Session:
     def _chunks(self) -> list[Chunk]:
         """What each row reads now; the first rows come first where there is too much for one step."""
         chunks, left = [], TOKENS_PER_STEP
+        ahead = min(self._options.guesses, CHEAP_TOKENS // self.active - 1)
         for slot, row in enumerate(self._rows):
             if row is None:
                 continue
             unread = row.unread
-            if len(unread) > 1:
-                unread = unread[:left]
-                left -= len(unread)
-            if unread:
-                chunks.append(Chunk(slot, row.length, unread))
+            if len(unread) == 1:
+                guesses = [] if unread == [self._model.template.ret] else row.guess(ahead)
+                chunks.append(Chunk(slot, row.length, unread + guesses, 1 + len(guesses)))
+            elif left:
+                chunks.append(Chunk(slot, row.length, unread[:left]))
+                left -= len(chunks[-1].ids)
         return chunks
 
     def _retrieve(self, rows: list[Row], states_QD: Tensor) -> None:
@@ -249,8 +255,21 @@ class Session:
             return
         row.insert(hit, passage)
 
-    def _write(self, rows: list[Row], states_RD: Tensor) -> None:
-        logits_RV = self._reader.logits(states_RD)
+    def _write(self, chunks: list[Chunk], states_WD: Tensor) -> None:
+        """Chooses each row's next token, and further ones as long as they are what the row has guessed and read."""
+        logits_WV = self._reader.logits(states_WD)
+        starts = itertools.accumulate((chunk.wanted for chunk in chunks), initial=0)
+        left = [
+            (place, self._row(chunk.slot), chunk.ids[-chunk.wanted :])
+            for place, chunk in zip(starts, chunks, strict=False)
+        ]
+        while left:
+            self._choose([row for _, row, _ in left], logits_WV[[place for place, _, _ in left]])
+            left = [(place + 1, row, ids[1:]) for place, row, ids in left if not row.ended and row.unread == ids[1:2]]
+            for _, row, _ in left:
+                row.read(1)
+
+    def _choose(self, rows: list[Row], logits_RV: Tensor) -> None:
         banned = [(i, token) for i, row in enumerate(rows) for token in row.banned]
         logits_RV[[i for i, _ in banned], [token for _, token in banned]] = -torch.inf
         draws = [row.draw() if row.options.temperature > 0 else 0.0 for row in rows]
