@@ -49,7 +49,7 @@ class Row:
         self._cited: list[Hit] = []
         self._ret = self._claim = 0  # places in `context` of the last [Ret] and of the token after its [Cs]
         self._nothing_found = self._forced = False
-        self._read = self._sampled = 0
+        self._read = self.sampled = 0
         self._shown, self._cut = "", -1
         self._started = time.perf_counter()
         if options.retrieves_first:
@@ -83,7 +83,7 @@ class Row:
         Args:
             most: how many, at most.
         """
-        left = self.options.max_new_tokens - self._sampled - 1
+        left = self.options.max_new_tokens - self.sampled - 1
         most = min(most, left, self._limit - len(self.context))
         pair, t = self.context[-2:], self._template
         for place in range(len(self.context) - 2, 1, -1) if most > 0 else ():
@@ -104,11 +104,11 @@ class Row:
     def write(self, token: int) -> None:
         """Takes a token that Gen chose, and what the rules put before it."""
         t = self._template
-        self._sampled += 1
+        self.sampled += 1
         if self._parser.state == "claim" and token in (t.ret, t.eos):
             self._forced = True
             self._close_claim()
-        spent = self._sampled >= self.options.max_new_tokens
+        spent = self.sampled >= self.options.max_new_tokens
         full = len(self.context) + 1 + ROOM_FOR_CLAIM >= self._limit
         if token == t.ret and not (spent or full):
             self._ask()
@@ -213,7 +213,7 @@ class Row:
             retrieved=tuple(tuple(hit.id for hit in hits) for hits in self._hits),
             scores=tuple(tuple(hit.score for hit in hits) for hits in self._hits),
             tokens_read=self._read,
-            tokens_sampled=self._sampled,
+            tokens_sampled=self.sampled,
             seconds=time.perf_counter() - self._started,
         )
         self.ended = True
