@@ -44,9 +44,7 @@ def test_both_sides_of_the_training_benchmark_read_the_same_tokens(
     assert seen["plain"] == tokens
 
 
-def test_the_engine_benchmark_prints_every_figure_and_both_sides_write_the_same(
-    tiny_lm: Path, tmp_path: Path
-) -> None:
+def test_the_engine_benchmark_prints_every_figure_and_both_sides_write_the_same(tiny_lm: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_lm, tmp_path / "lm")
     config = json.loads((tiny_lm / "config.json").read_text()) | {"max_position_embeddings": 2048}
     (tmp_path / "lm" / "config.json").write_text(json.dumps(config))  # its tokens are short

@@ -181,32 +181,27 @@ class _Layer(CacheLayerMixin):
         """Puts the step's tokens in their places and returns all that is stored."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._store(self.keys, key_states)  # type: ignore[arg-type]
-        self.values = self._store(self.values, value_states)  # type: ignore[arg-type]
-        return self.keys, self.values
-
-    def _store(self, held_RGLd: Tensor, new_1GSd: Tensor) -> Tensor:
-        held_RGLd = self._grown(held_RGLd)
         step = self.step
-        held_RGLd[step.slots_S, :, step.columns_S] = new_1GSd[0].transpose(0, 1)
-        return held_RGLd
+        keys_RGLd, values_RGLd = self._grow(step.rows, step.end)
+        keys_RGLd[step.slots_S, :, step.columns_S] = key_states[0].transpose(0, 1)
+        values_RGLd[step.slots_S, :, step.columns_S] = value_states[0].transpose(0, 1)
+        return keys_RGLd, values_RGLd
 
-    def _grown(self, held_RGLd: Tensor) -> Tensor:
-        """The store with room for the step: twice as large where it has to grow, so that growing stays rare."""
-        rows, groups, length, size = held_RGLd.shape
-        if self.step.rows <= rows and self.step.end <= length:
-            return held_RGLd
-        more_rows = min(max(self.step.rows, 2 * rows), self._rows) if self.step.rows > rows else rows
-        more_length = max(self.step.end, 2 * length, 64) if self.step.end > length else length
-        grown_RGLd = held_RGLd.new_zeros(more_rows, groups, more_length, size)
-        grown_RGLd[:rows, :, :length] = held_RGLd
-        return grown_RGLd
+    def _grow(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Makes room for so many rows and tokens: twice as much as there was, so that growing stays rare."""
+        assert self.keys is not None
+        assert self.values is not None
+        has_rows, _, has_length, _ = self.keys.shape
+        if rows > has_rows or length > has_length:
+            rows = min(max(rows, 2 * has_rows), self._rows) if rows > has_rows else has_rows
+            length = max(length, 2 * has_length, 64) if length > has_length else has_length
+            self.keys, self.values = (_grown(x, rows, length) for x in (self.keys, self.values))
+        return self.keys, self.values
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first tokens of one row to another."""
-        for states in (self.keys, self.values):
-            assert states is not None
-            states[target, :, :length] = states[source, :, :length]
+        for states_RGLd in self._grow(max(source, target) + 1, length):
+            states_RGLd[target, :, :length] = states_RGLd[source, :, :length]
 
     def get_seq_length(self) -> int:
         """Tokens of the longest row of the step."""
@@ -219,3 +214,10 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+
+def _grown(held_RGLd: Tensor, rows: int, length: int) -> Tensor:
+    has_rows, groups, has_length, size = held_RGLd.shape
+    grown_RGLd = held_RGLd.new_zeros(rows, groups, length, size)
+    grown_RGLd[:has_rows, :, :has_length] = held_RGLd
+    return grown_RGLd
