@@ -412,6 +412,37 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny: CoSupModel, index: Fl
         Engine(tiny, index).generate(["gold " * 600])
 
 
+def test_a_stream_gives_the_events_of_the_response_and_closing_it_frees_its_row(
+    tiny: CoSupModel, index: FlatIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions: list[Session] = []
+    opened = Engine._session
+    monkeypatch.setattr(Engine, "_session", lambda *a: sessions.append(opened(*a)) or sessions[-1])
+    engine = Engine(tiny, index, Options(max_new_tokens=9, retrieve_first=True))
+    *events, finished = engine.stream("gold?")
+    assert isinstance(finished, Finished)
+    assert same(finished.response) == same(engine.generate(["gold?"])[0])
+    assert "".join(event.text for event in events if isinstance(event, Token)) == finished.response.text
+    sessions.clear()
+    stream = engine.stream("gold?", options=Options(max_new_tokens=9, mode="none"))
+    next(stream)
+    assert sessions[0].active == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert sessions[0].active == 0
+    with pytest.raises(UserError, match="the prompt is empty"):
+        engine.stream([])
+
+
+def test_options_are_given_for_all_or_for_each_prompt(tiny: CoSupModel, index: FlatIndex) -> None:
+    engine = Engine(tiny, index)
+    short, long = Options(max_new_tokens=1, mode="none"), Options(max_new_tokens=3, mode="none")
+    assert [r.tokens_sampled for r in engine.generate(["gold?", "gold?"], options=[short, long])] == [1, 3]
+    assert [r.tokens_sampled for r in engine.generate(["gold?", "gold?"], options=short)] == [1, 1]
+    assert engine.generate([]) == []
+    with pytest.raises(ValueError, match="there are 2 prompts and 1 options"):
+        engine.generate(["gold?", "gold?"], options=[short])
+
+
 def test_an_index_of_another_model_is_refused(tiny: CoSupModel, index: FlatIndex) -> None:
     index.fingerprint = "0123456789abcdef"
     with pytest.raises(UserError, match=r"built by another model \(fingerprint 0123456789ab"):
