@@ -5,7 +5,7 @@
 The plain side answers one question at a time, searches a flat index that it builds over the question's 100 candidates,
 and reads everything again after every retrieval and every closed claim (`plain.py`). Ours searches one index of 50,000
 passages with 16 rows, and with one. Passages have 100 to 160 words; without --passages, passages of the built-in
-worldfacts are joined to that length. Of the 50,000 vectors only those of 128 passages are the model's: the others point
+worldfacts are joined to that length. Of the 50,000 vectors only those of 112 passages are the model's: the others point
 away from every question, so that they cost a search what real ones do and are never found.
 
 An untrained model writes no control tokens. So both sides follow a plan: every answer has --retrievals retrievals, each
@@ -27,7 +27,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +47,9 @@ from cosup.index import FlatIndex, Index, build_index
 from cosup.model import CoSupModel
 
 WORDS = range(100, 161)
-EMBEDDED, INDEXED, CANDIDATES, ROWS, MAX_LENGTH = 128, 50_000, 100, 16, 1024
+EMBEDDED, INDEXED, CANDIDATES, ROWS, MAX_LENGTH = 112, 50_000, 100, 16, 1024
 Plan = Sequence[int | None]
+Vectors = Mapping[str, np.ndarray]
 
 
 class Run(NamedTuple):
@@ -88,18 +89,24 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     model = load(arguments.model)
     passages, questions = data(arguments)
     prompts = [model.template.prompt(question, task=task) for question, task in questions]
-    index = make_index(model, prompts, passages, folder)
+    vectors = dict(zip([p.id for p in passages], model.embed_passages(passages), strict=True))
+    index = make_index(model, prompts, passages, vectors, folder)
     plans = [plan(model, arguments, seed) for seed in range(len(prompts))]
     options = Options(max_retrievals=arguments.retrievals, max_new_tokens=512, rows=ROWS)
     gen = copy.deepcopy(model.gen)
     gen.set_attn_implementation("sdpa")
 
     few = 4 if arguments.quick else 12
-    plain_seconds, plain_written = plain_side(model, gen, index, prompts, plans)
+    plain_seconds, plain_written = plain_side(model, gen, index, vectors, prompts, plans)
+    tell("plain", len(prompts), sum(plain_seconds))
+    tell(f"plain, the first {few} of these", few, sum(plain_seconds[:few]))
     many = our_side(model, index, prompts, plans, options)
+    tell("16 rows", len(prompts), many.seconds)
     one = our_side(model, index, prompts[:few], plans[:few], replace(options, rows=1))
+    tell("1 row", few, one.seconds)
     bare = our_side(model, index, prompts[:few], plans[:few], replace(options, rows=1, guesses=0))
-    contexts = [written[:300] for written in plain_written[:ROWS]]
+    tell("1 row, no guesses", few, bare.seconds)
+    contexts = [[token for token in ids if token != model.template.ret][:300] for ids in plain_written[:ROWS]]
     figures = {
         "speedup_16_rows": sum(plain_seconds) / many.seconds,
         "speedup_1_row": sum(plain_seconds[:few]) / one.seconds,
@@ -119,6 +126,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         figures[f"first_token_seconds{name}"] = statistics.median(run.first)
         figures[f"seconds_per_token{name}"] = run.seconds / sum(map(len, run.written))
     return figures
+
+
+def tell(what: str, answers: int, seconds: float) -> None:
+    print(f"{what:28} {answers:4} answers in {seconds:7.1f} s", flush=True)
 
 
 def load(name: str) -> CoSupModel:
@@ -152,9 +163,23 @@ def joined(passages: Sequence[Passage]) -> list[Passage]:
     return out
 
 
-def make_index(model: CoSupModel, prompts: list[list[int]], passages: list[Passage], folder: Path) -> FlatIndex:
+class Embedded(NamedTuple):
+    """An embedder whose vectors are there already."""
+
+    fingerprint: str
+    dim: int
+    vectors: Vectors
+
+    def embed_passages(self, passages: Sequence[Passage]) -> np.ndarray:
+        """The vectors of these passages, in order."""
+        return np.stack([self.vectors[passage.id] for passage in passages])
+
+
+def make_index(
+    model: CoSupModel, prompts: list[list[int]], passages: list[Passage], vectors: Vectors, folder: Path
+) -> FlatIndex:
     """The embedded passages, and as many others as an index of 50,000 has."""
-    index = build_index(passages, model, folder / "index")
+    index = build_index(passages, Embedded(model.fingerprint, model.dim, vectors), folder / "index")
     noise = np.random.default_rng(0).standard_normal((INDEXED - len(passages), index.dim)).astype(np.float32)
     away = noise - 4 * index.dim**0.5 * model.query(prompts).mean(0)
     away /= np.linalg.norm(away, axis=1, keepdims=True)
@@ -222,15 +247,13 @@ class PlainGen(NamedTuple):
 
 
 def plain_side(
-    model: CoSupModel, gen: Any, index: FlatIndex, prompts: list[list[int]], plans: Sequence[Plan]
+    model: CoSupModel, gen: Any, index: FlatIndex, vectors: Vectors, prompts: list[list[int]], plans: Sequence[Plan]
 ) -> tuple[list[float], list[list[int]]]:
-    """Seconds and ids of each answer. Candidates are found and embedded beforehand, outside the time."""
-    t, vectors = model.template, {}
+    """Seconds and ids of each answer. Candidates are found beforehand, outside the time."""
+    t = model.template
     head = gen.get_output_embeddings()
     seconds, written = [], []
     found = index.search(model.query(prompts), CANDIDATES)
-    embedded = index.get(sorted({hit.id for hits in found for hit in hits}))
-    vectors = dict(zip([p.id for p in embedded], model.embed_passages(embedded), strict=True))
     for prompt, hits, tokens in zip(prompts, found, plans, strict=True):
         candidates = index.get([hit.id for hit in hits])
         vectors_ND = np.stack([vectors[p.id] for p in candidates])

@@ -1,4 +1,5 @@
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,23 @@ def test_an_error_of_the_index_ends_that_request_alone(tiny: CoSupModel, index: 
     for response, numbers in ((good, range(6)), (other, range(6, 12))):
         assert response.reason in ("stop", "length")
         assert response.claims[0].passage in {f"p{i}" for i in numbers}
+
+
+def test_rows_that_ask_in_the_same_step_are_searched_together(
+    tiny: CoSupModel, index: FlatIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    search = index.search
+
+    def counting(queries_QD: Any, k: int, *, where: Any = None) -> list[list[Hit]]:
+        counts.append(len(queries_QD))
+        return search(queries_QD, k, where=where)
+
+    monkeypatch.setattr(index, "search", counting)
+    plain = Options(retrieve_first=True, max_retrievals=1, max_new_tokens=3)
+    options = [plain, replace(plain, temperature=1.0), plain, replace(plain, where={"source": "a"})]
+    Engine(tiny, index, Options(rows=4)).generate(["gold?", "iron?", "Oslo?", "Seine?"], options=options)
+    assert counts == [3, 1]
 
 
 class FailingOnce(FlatIndex):

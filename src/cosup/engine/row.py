@@ -116,8 +116,6 @@ class Row:
             self._close_claim(final=spent or full)
         else:
             self._append(token, final=token == t.eos or spent or full)
-        if self.ended:
-            return
         if token == t.eos or self._cut >= 0:
             self._finish("stop")
         elif spent or full:
