@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,19 @@ def test_both_sides_of_the_training_benchmark_read_the_same_tokens(
     _, (tokens,) = benchmark.our_side(str(tiny_lm), examples, corpus)
     benchmark.plain_side(str(tiny_lm), examples, corpus, benchmark.torch.float32)(0)
     assert seen["plain"] == tokens
+
+
+def test_the_engine_benchmark_prints_every_figure_and_both_sides_write_the_same(tiny_lm: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_lm, tmp_path / "lm")
+    config = json.loads((tiny_lm / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config))  # its tokens are short
+    command = [sys.executable, BENCHMARKS / "engine.py", "--quick", "--model", tmp_path / "lm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == "engine"
+    assert set(line) == {"benchmark", "figures", "config", "hardware", "versions"}
+    figures = line["figures"]
+    assert {"speedup_16_rows", "speedup_1_row", "seconds_vs_generate", "search_share"} <= set(figures)
+    assert all(value > 0 for value in figures.values())
+    assert figures["same_text"] == figures["same_text_1_row"] == 1.0

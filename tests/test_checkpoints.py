@@ -57,7 +57,7 @@ def test_the_last_two_are_kept_and_the_best(tmp_path: Path) -> None:
     best = checkpoint(tmp_path, 5)
     for step in (10, 15, 100):
         (tmp_path / UNFINISHED / f"checkpoint-{step}").mkdir(parents=True)
-        finish_checkpoint(tmp_path, step, best=str(best))
+        finish_checkpoint(tmp_path, step, best=best)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-15", "checkpoint-5"]
 
 

@@ -86,9 +86,14 @@ def test_train_index_ask_generate_and_evaluate_work_in_a_row(files: Path, tiny_l
     assert whole["question"] == "gold?"
     assert whole["claims"][0]["passage"] == whole["passages"][0]["id"]
 
+    none = run("ask", "gold?", "--model", trained, "--index", index, "--retrieve-first", "--min-score", "2",
+               "--max-new-tokens", "3", "--temperature", "0.7", "--top-k", "5", "--seed", "1",
+               "--stop", "zzz")  # fmt: skip
+    assert "found nothing good enough" in none.stderr
+
     answers = tmp_path / "answers.jsonl"
     run("generate", "--input", files / "questions.jsonl", "--output", answers, "--model", trained, "--index", index,
-        "--max-new-tokens", "5")  # fmt: skip
+        "--max-new-tokens", "5", "--mode", "static", "--forget-passages", "--rows", "2")  # fmt: skip
     assert [json.loads(line)["id"] for line in answers.read_text().splitlines()] == ["q0", "q1", "q2", "q3"]
 
     table = run("evaluate", "--model", trained, "--index", index, "--questions", files / "questions.jsonl",
@@ -157,6 +162,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(files: Path, tiny_folder: Pat
     assert "there is no file" in refuse(
         "index", "build", "--model", tiny_folder, "--passages", missing, "--out", missing
     )
+    wrong = refuse("ask", "x", "--model", tiny_folder, "--index", files / "index", "--top-p", "2")
+    assert "top_p must be above 0 and at most 1, not 2.0" in wrong
     long = refuse("ask", "gold " * 600, "--model", tiny_folder, "--index", files / "index")
     assert "the prompt has" in long
     assert not missing.exists()

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from cosup.config import UserError
 from cosup.data import Evidence, Example, Passage, Text
+from cosup.model import CoSupModel
 from cosup.template import IGNORED, Template, TemplateSettings, separator, with_control_tokens
 
 LONG = Passage("long", "Oslo is the capital. Paris is the capital. Iron is a metal. Gold has 79.", "Title")
@@ -343,3 +344,44 @@ def test_what_is_embedded_is_read_by_the_tokenizer_of_emb_seq(tokenizer, tiny_lm
     other.add_tokens(["Norway"])
     ids = Template(tokenizer, other).embedded(PASSAGES["p"], max_tokens=99)
     assert ids[0] == other.convert_tokens_to_ids("Norway")
+
+
+def test_a_chat_of_one_question_is_that_questions_prompt(tiny: CoSupModel) -> None:
+    t = tiny.template
+    chat = t.chat([{"role": "user", "content": "Which city?"}])
+    assert chat == t.prompt("Which city?", task="")
+    assert t.chat([{"role": "user", "content": "Which?"}], task="squad") == t.prompt("Which?", task="squad")
+
+
+def test_a_chat_is_system_history_and_last_question(tiny: CoSupModel) -> None:
+    t = tiny.template
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Which {city}? [Ret]"},
+    ]
+    text = "Be brief.## Input:\n\nuser: Hello?\n\nassistant: Yes.\n\nWhich {city}? [Ret]## Output:\n\n"
+    assert t.chat(messages) == t.encode(text)
+    assert t.ret not in t.chat(messages)
+
+
+def test_a_model_folder_can_lay_out_earlier_messages_otherwise(tiny: CoSupModel) -> None:
+    settings = TemplateSettings(turn="<{role}> {content} / ")
+    t = Template(tiny.template.tokenizer, settings=settings)
+    messages = [{"role": "user", "content": "Hello?"}, {"role": "user", "content": "Which?"}]
+    assert t.chat(messages) == t.prompt("<user> Hello? / Which?", task="")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "a chat ends with a question"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "a chat ends with a question"),
+        ([{"role": "robot", "content": "a"}], "needs a role, one of system, user, assistant"),
+        ([{"role": "user"}], "and a content of text, not {'role': 'user'}"),
+    ],
+)
+def test_a_chat_of_another_form_is_refused(tiny: CoSupModel, messages: list[dict[str, str]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny.template.chat(messages)

@@ -3,7 +3,7 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,25 @@ ModelOption = Annotated[Path, typer.Option("--model", help="A run folder of `cos
 IndexOption = Annotated[Path, typer.Option("--index", help="An index folder of `cosup index build`.")]
 TaskOption = Annotated[str, typer.Option("--task", help="Which task's instruction the question is given.")]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens that the model may choose.")]
+ModeOption = Annotated[
+    Literal["cosup", "static", "none"],
+    typer.Option(help="Retrieve where the model asks, once before it writes, or never."),
+]
+RetrievalsOption = Annotated[int, typer.Option("--max-retrievals", min=0, help="Most retrievals in an answer.")]
+ScoreOption = Annotated[
+    float | None, typer.Option("--min-score", help="Insert no passage that scores less; the answer says so.")
+]
+FirstOption = Annotated[
+    bool, typer.Option("--retrieve-first", help="Begin the answer with a retrieval, whatever the model would.")
+]
+ForgetOption = Annotated[
+    bool, typer.Option("--forget-passages", help="Take each passage out of the context when its claim is closed.")
+]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")]
+TopPOption = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens up to this probability.")]
+TopKOption = Annotated[int, typer.Option("--top-k", help="Sample from so many of the likeliest tokens; 0: from all.")]
+SeedOption = Annotated[int, typer.Option(help="Of the sampling.")]
+StopOption = Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be repeated.")]
 
 
 def main() -> None:
@@ -116,9 +135,16 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     task: TaskOption = "",
     max_new_tokens: NewTokensOption = 128,
-    retrieve_first: Annotated[
-        bool, typer.Option(help="Begin the answer with a retrieval, whatever the model would.")
-    ] = False,
+    mode: ModeOption = "cosup",
+    retrieve_first: FirstOption = False,
+    max_retrievals: RetrievalsOption = 4,
+    min_score: ScoreOption = None,
+    forget_passages: ForgetOption = False,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
 ) -> None:
     """Answer a question with cited passages, as it is written."""
     from cosup import terminal
@@ -126,7 +152,20 @@ def ask(
     from cosup.index import FlatIndex
     from cosup.model import CoSupModel
 
-    options = Options(max_new_tokens=max_new_tokens, retrieve_first=retrieve_first, rows=1)
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        mode=mode,
+        retrieve_first=retrieve_first,
+        max_retrievals=max_retrievals,
+        min_score=min_score,
+        forget_passages=forget_passages,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        rows=1,
+    )
     opened, loaded = FlatIndex(index), CoSupModel.load(model)
     engine = Engine(loaded, opened, options)
     prompt = loaded.template.prompt(question, task=task)
@@ -145,8 +184,19 @@ def generate(
     model: ModelOption,
     index: IndexOption,
     max_new_tokens: NewTokensOption = 128,
+    mode: ModeOption = "cosup",
+    retrieve_first: FirstOption = False,
+    max_retrievals: RetrievalsOption = 4,
+    min_score: ScoreOption = None,
+    forget_passages: ForgetOption = False,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    rows: Annotated[int, typer.Option(min=1, help="Questions that are answered at once.")] = 16,
 ) -> None:
-    """Answer a file of questions."""
+    """Answer a file of questions; a sampled answer depends on the seed and its question alone."""
     from cosup import terminal
     from cosup.data import read_questions
     from cosup.engine import Engine, Options
@@ -154,9 +204,23 @@ def generate(
     from cosup.index import FlatIndex
     from cosup.model import CoSupModel
 
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        mode=mode,
+        retrieve_first=retrieve_first,
+        max_retrievals=max_retrievals,
+        min_score=min_score,
+        forget_passages=forget_passages,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        rows=rows,
+    )
     asked = list(read_questions(questions))
     opened, loaded = FlatIndex(index), CoSupModel.load(model)
-    engine = Engine(loaded, opened, Options(max_new_tokens=max_new_tokens))
+    engine = Engine(loaded, opened, options)
     prompts = [loaded.template.prompt(question.question, task=question.task) for question in asked]
     with terminal.counting("answering", len(asked), unit="questions") as on_progress:
         responses = engine.generate(prompts, on_progress=on_progress)

@@ -19,6 +19,8 @@ from cosup.data.documents import sentences
 IGNORED = -100
 """Label of a token that carries no loss."""
 
+_ROLES = ("system", "user", "assistant")
+
 Tokenizer = Any  # a fast tokenizer of transformers, which has no useful type
 
 
@@ -32,6 +34,7 @@ class TemplateSettings(BaseModel):
         passage: with `{title}` and `{text}`, for passages that have a title; others are read as their text alone.
         instructions: by task.
         default_instruction: of every other task.
+        turn: with `{role}` and `{content}`, how an earlier message of a chat stands before the last question.
         max_passage_tokens: longest passage, embedded or inserted.
     """
 
@@ -45,6 +48,7 @@ class TemplateSettings(BaseModel):
     passage: str = "{title} :: {text}"
     instructions: dict[str, str] = {task: rule.instruction for task, rule in TASKS.items()}
     default_instruction: str = DEFAULT_RULE.instruction
+    turn: str = "{role}: {content}\n\n"
     max_passage_tokens: int = 256
 
 
@@ -91,7 +95,7 @@ class Claim:
     score: float = 0.0
 
 
-Reason = Literal["stop", "length", "unknown"]
+Reason = Literal["stop", "length", "error", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +106,24 @@ class Response:
         text: all of it, claims included, passages not.
         claims: in order, one for each retrieval.
         well_formed: whether every claim was closed and the sequence ended by itself, without a stray control token.
-        reason: why it ended: `stop`, the end of sequence; `length`, a limit.
-        retrieved: ids of the best passages of each retrieval, best first.
-        tokens_read: tokens that passed through Gen, prompt and passages included.
+        reason: why it ended: `stop`, the end of sequence or a stop string; `length`, a limit; `error`.
+        error: what went wrong, where the reason is `error`.
+        nothing_found: whether a retrieval was taken back because no passage was good enough or left.
+        retrieved: ids of the best passages of each retrieval, best first; one that found nothing included.
+        scores: of these passages.
+        tokens_read: tokens that Gen's context took in, prompt and passages included, those read again counted again.
         tokens_sampled: tokens that Gen chose itself.
-        seconds: from the first token read to the last.
+        seconds: from when a row was free for it to its end.
     """
 
     text: str
     claims: tuple[Claim, ...] = ()
     well_formed: bool = True
     reason: Reason = "unknown"
+    error: str = ""
+    nothing_found: bool = False
     retrieved: tuple[tuple[str, ...], ...] = ()
+    scores: tuple[tuple[float, ...], ...] = ()
     tokens_read: int = 0
     tokens_sampled: int = 0
     seconds: float = 0.0
@@ -163,8 +173,33 @@ class Template:
 
     def prompt(self, question: str, *, task: str) -> list[int]:
         """Ids of instruction and question, with the beginning-of-sequence token where the tokenizer has one."""
-        instruction = self.settings.instructions.get(task, self.settings.default_instruction)
-        return self._bos + self.encode(_fill(self.settings.prompt, instruction=instruction, question=question))
+        return self._laid_out(self._instruction(task), question)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, task: str = "") -> list[int]:
+        """Ids of a chat as one prompt.
+
+        The contents of the system messages, a line each, take the place of the instruction. Earlier messages stand
+        before the last question, each laid out by `TemplateSettings.turn`. A chat of one question is that question's
+        `prompt`.
+
+        Args:
+            messages: each with a `role` (`system`, `user` or `assistant`) and a `content`; the last is a user's.
+            task: whose instruction stands there where no message is the system's.
+
+        Raises:
+            UserError: there is no message, one is of another form, or the last is not a user's.
+        """
+        for message in messages:
+            if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
+                roles = ", ".join(_ROLES)
+                raise UserError(f"a chat message needs a role, one of {roles}, and a content of text, not {message!r}")
+        if not messages or messages[-1]["role"] != "user":
+            raise UserError("a chat ends with a question: its last message must have the role user")
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        earlier = [message for message in messages[:-1] if message["role"] != "system"]
+        turns = "".join(_fill(self.settings.turn, role=m["role"], content=m["content"]) for m in earlier)
+        instruction = "\n".join(system) if system else self._instruction(task)
+        return self._laid_out(instruction, turns + messages[-1]["content"])
 
     def inserted(self, passage: Passage, *, max_tokens: int) -> list[int]:
         """What is put into Gen's context: the passage, shortened at a sentence to fit, and `[Cs]`.
@@ -239,6 +274,12 @@ class Template:
         for token, is_inserted in zip(ids, inserted, strict=True):
             parser.read(token, inserted=is_inserted)
         return parser.finish()
+
+    def _instruction(self, task: str) -> str:
+        return self.settings.instructions.get(task, self.settings.default_instruction)
+
+    def _laid_out(self, instruction: str, question: str) -> list[int]:
+        return self._bos + self.encode(_fill(self.settings.prompt, instruction=instruction, question=question))
 
     def _fit(self, passage: Passage, encode: Callable[[str], list[int]], room: int) -> list[int]:
         ids = encode(self.passage_text(passage))

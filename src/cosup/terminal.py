@@ -144,6 +144,10 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
         score = f"{passage.id}, score {scores[passage.id]:.3f}"
         out.print(f"\n[bold cyan]\\[{numbers[passage.id]}][/] {title}[dim]{escape(harmless(score))}[/]")
         out.print(harmless(passage.text), markup=False)
+    if response.nothing_found:
+        err.print("[dim](a retrieval found nothing good enough)[/]")
+    if response.reason == "error":
+        err.print(f"[red]{escape(harmless(response.error))}[/]", soft_wrap=True)
     if response.reason == "length":
         err.print("[dim](stopped at the length limit)[/]")
     return response

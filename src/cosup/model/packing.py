@@ -6,7 +6,7 @@ B batch, H heads, T tokens, d head size.
 A vector therefore can't depend on what else is in the batch, and nothing is computed for padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NotRequired, TypedDict
 
@@ -154,14 +154,17 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     seq_lens: list[int] | None = None,
+    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed sequences, and of the engine's rows, in transformers' interface.
 
     With `seq_lens`, the one row holds several sequences, each blind to the others, and causal unless the module says
-    that it is not; a loop over them is faster on a CPU than any mask over the packed row. Without, `attention_mask` is
-    a 4D float mask, added as it is.
+    that it is not; a loop over them is faster on a CPU than any mask over the packed row. With `attend`, the engine's
+    cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is.
     """
+    if attend is not None:
+        return attend(query_BHTd, key_BHTd, value_BHTd, scaling).transpose(1, 2), None
     if seq_lens is None:
         out = F.scaled_dot_product_attention(
             query_BHTd, key_BHTd, value_BHTd, attn_mask=attention_mask, scale=scaling, enable_gqa=True

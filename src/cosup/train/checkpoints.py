@@ -47,7 +47,7 @@ def names_in(folder: Path) -> set[str]:
         return set(file.keys())
 
 
-def finish_checkpoint(folder: Path, step: int, *, best: str | None) -> None:
+def finish_checkpoint(folder: Path, step: int, *, best: Path | None) -> None:
     """Gives a complete checkpoint its name, and removes those before the last two, but never the best.
 
     Args:
@@ -65,7 +65,7 @@ def finish_checkpoint(folder: Path, step: int, *, best: str | None) -> None:
     written.rename(final)
     shutil.rmtree(folder / UNFINISHED)
     for old in _by_step(folder)[:-_KEPT]:
-        if best is None or old != Path(best):
+        if old != best:
             shutil.rmtree(old)
 
 

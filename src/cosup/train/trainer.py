@@ -212,20 +212,21 @@ class CoSupTrainer(Trainer):
             load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self._best_checkpoint()))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint to the side, and renames it when all of it is there."""
         folder = Path(str(self.args.output_dir))
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
         with self._output_folder(folder / UNFINISHED):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            finish_checkpoint(folder, self.state.global_step, best=self.state.best_model_checkpoint)
+            finish_checkpoint(folder, self.state.global_step, best=self._best_checkpoint())
         self.accelerator.wait_for_everyone()
+
+    def _best_checkpoint(self) -> Path | None:
+        step = self.state.best_global_step
+        return Path(str(self.args.output_dir)) / f"checkpoint-{step}" if step else None
 
     @contextmanager
     def _output_folder(self, folder: Path) -> Iterator[None]:

@@ -1,0 +1,223 @@
+"""Reading: chunks of several rows pass through Gen in one go, each at its own place in a shared key-value cache.
+
+Shapes: S tokens of a step, laid end to end in one row; W wanted states; R rows of the cache; L cached tokens; C tokens
+of a chunk; D hidden size; V vocabulary; H heads of queries, G heads of keys and values, N = H / G; d head size.
+
+Nothing is padded. The linear layers see all tokens of a step at once, so that a row that writes a token costs little
+beside one that reads a passage.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from cosup.model import CoSupModel
+
+
+class Chunk(NamedTuple):
+    """Tokens to be read by a row.
+
+    Args:
+        slot: which row of the cache.
+        start: how many tokens it holds.
+        ids: what it reads, at least one.
+        wanted: of how many of its last tokens the states are returned.
+    """
+
+    slot: int
+    start: int
+    ids: list[int]
+    wanted: int = 1
+
+
+class Reader:
+    """Gen with a cache of several rows.
+
+    Args:
+        model: in evaluation mode.
+        rows: how many.
+    """
+
+    def __init__(self, model: CoSupModel, rows: int):
+        self._body, self._head = model.gen.base_model, model.gen.get_output_embeddings()
+        self._device = model.device
+        self._layers = [_Layer(rows) for _ in range(model.gen.config.num_hidden_layers)]
+        self._cache = Cache(layers=list(self._layers))
+
+    def read(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Last hidden states [W, D] of the wanted tokens, chunk by chunk; what a row held behind them is overwritten.
+
+        Args:
+            chunks: of different rows.
+        """
+        # rows that read one token attend together, so they stand together
+        order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].ids) > 1, chunks[i].slot))
+        step = _Step([chunks[i] for i in order], self._device, self._body.dtype)
+        for layer in self._layers:
+            layer.step = step
+        out = self._body(
+            input_ids=step.ids_S[None],
+            position_ids=step.columns_S[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            attend=step.attend,
+        )
+        ends = dict(zip(order, itertools.accumulate(step.lengths), strict=True))
+        places = [place for i, chunk in enumerate(chunks) for place in range(ends[i] - chunk.wanted, ends[i])]
+        states_WD: Tensor = out.last_hidden_state[0, places]
+        return states_WD
+
+    def logits(self, states_RD: Tensor) -> Tensor:
+        """Next-token logits [R, V]."""
+        logits_RV: Tensor = self._head(states_RD)
+        return logits_RV
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first cached tokens of one row to another."""
+        for layer in self._layers:
+            layer.copy(source, target, length)
+
+
+class _Step:
+    """Which tokens a step reads, where they go in the cache, and what each of them attends to; shared by all layers."""
+
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device, dtype: torch.dtype):
+        lengths = [len(chunk.ids) for chunk in chunks]
+        self.chunks, self.lengths = chunks, lengths
+        self.end = max(chunk.start + len(chunk.ids) for chunk in chunks)
+        self.rows = max(chunk.slot for chunk in chunks) + 1
+        self.ids_S = torch.tensor([i for chunk in chunks for i in chunk.ids], device=device)
+        self.columns_S = torch.cat([torch.arange(c.start, c.start + len(c.ids)) for c in chunks]).to(device)
+        self.slots_S = (
+            torch.tensor([chunk.slot for chunk in chunks]).repeat_interleave(torch.tensor(lengths)).to(device)
+        )
+        self.single = sum(length == 1 for length in lengths)
+        self._singles_end = max((chunk.start + 1 for chunk in chunks[: self.single]), default=0)
+        self._mask_R11L = self._singles_mask(device, dtype) if self.single else None
+        self._masks_CL = [_causal(chunk, device, dtype) for chunk in chunks[self.single :]]
+
+    def attend(self, query_1HSd: Tensor, keys_RGLd: Tensor, values_RGLd: Tensor, scale: float | None) -> Tensor:
+        """What each token takes from its own row; [1, H, S, d]."""
+        parts = []
+        if self.single:
+            parts.append(self._attend_singles(query_1HSd[0, :, : self.single], keys_RGLd, values_RGLd, scale))
+        start = self.single
+        for chunk, mask_CL in zip(self.chunks[self.single :], self._masks_CL, strict=True):
+            end = start + len(chunk.ids)
+            keys_1GLd, values_1GLd = (x[chunk.slot, None, :, : mask_CL.shape[1]] for x in (keys_RGLd, values_RGLd))
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query_1HSd[:, :, start:end], keys_1GLd, values_1GLd, attn_mask=mask_CL, scale=scale, enable_gqa=True
+                )
+            )
+            start = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _attend_singles(self, query_HRd: Tensor, keys_RGLd: Tensor, values_RGLd: Tensor, scale: float | None) -> Tensor:
+        """Rows of one token each, together; the heads that share keys are laid out as tokens, so that no key is copied.
+
+        A row in between that reads something else or nothing comes along, and what it attends to is thrown away.
+        """
+        slots = [chunk.slot for chunk in self.chunks[: self.single]]
+        first, last = slots[0], slots[-1] + 1
+        heads, rows, size = query_HRd.shape
+        query_RHd = query_HRd.transpose(0, 1)
+        if last - first != rows:
+            spread_RHd = query_RHd.new_zeros(last - first, heads, size)
+            spread_RHd[[slot - first for slot in slots]] = query_RHd
+            query_RHd = spread_RHd
+        groups = keys_RGLd.shape[1]
+        out_RGNd = F.scaled_dot_product_attention(
+            query_RHd.reshape(-1, groups, heads // groups, size),
+            keys_RGLd[first:last, :, : self._singles_end],
+            values_RGLd[first:last, :, : self._singles_end],
+            attn_mask=self._mask_R11L,
+            scale=scale,
+        )
+        out_RHd = out_RGNd.reshape(-1, heads, size)
+        if last - first != rows:
+            out_RHd = out_RHd[[slot - first for slot in slots]]
+        return out_RHd.transpose(0, 1)[None]
+
+    def _singles_mask(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        slots = [chunk.slot for chunk in self.chunks[: self.single]]
+        starts = [0] * (slots[-1] + 1 - slots[0])
+        for chunk in self.chunks[: self.single]:
+            starts[chunk.slot - slots[0]] = chunk.start
+        hidden_RL = torch.arange(self._singles_end, device=device) > torch.tensor(starts, device=device)[:, None]
+        mask_RL = torch.zeros(hidden_RL.shape, dtype=dtype, device=device)
+        return mask_RL.masked_fill_(hidden_RL, -torch.inf)[:, None, None]
+
+
+def _causal(chunk: Chunk, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What the tokens of a chunk see of their row, [C, L]: everything up to themselves."""
+    length = len(chunk.ids)
+    mask_CL = torch.full((length, chunk.start + length), -torch.inf, dtype=dtype, device=device)
+    return mask_CL.triu_(chunk.start + 1)
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer, [R, G, L, d]: each row filled from the left, without padding or holes."""
+
+    is_sliding = False
+
+    def __init__(self, rows: int):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rows = rows
+        self.step: _Step
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes an empty store of the right types."""
+        self.keys, self.values = (x.new_zeros(0, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Puts the step's tokens in their places and returns all that is stored."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        step = self.step
+        keys_RGLd, values_RGLd = self._grow(step.rows, step.end)
+        keys_RGLd[step.slots_S, :, step.columns_S] = key_states[0].transpose(0, 1)
+        values_RGLd[step.slots_S, :, step.columns_S] = value_states[0].transpose(0, 1)
+        return keys_RGLd, values_RGLd
+
+    def _grow(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Makes room for so many rows and tokens: twice as much as there was, so that growing stays rare."""
+        assert self.keys is not None
+        assert self.values is not None
+        has_rows, _, has_length, _ = self.keys.shape
+        if rows > has_rows or length > has_length:
+            rows = min(max(rows, 2 * has_rows), self._rows) if rows > has_rows else has_rows
+            length = max(length, 2 * has_length, 64) if length > has_length else has_length
+            self.keys, self.values = (_grown(x, rows, length) for x in (self.keys, self.values))
+        return self.keys, self.values
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first tokens of one row to another."""
+        for states_RGLd in self._grow(max(source, target) + 1, length):
+            states_RGLd[target, :, :length] = states_RGLd[source, :, :length]
+
+    def get_seq_length(self) -> int:
+        """Tokens of the longest row of the step."""
+        return self.step.end
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the columns that a mask must cover."""
+        return self.step.end, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+def _grown(held_RGLd: Tensor, rows: int, length: int) -> Tensor:
+    has_rows, groups, has_length, size = held_RGLd.shape
+    grown_RGLd = held_RGLd.new_zeros(rows, groups, length, size)
+    grown_RGLd[:has_rows, :, :has_length] = held_RGLd
+    return grown_RGLd
