@@ -107,7 +107,7 @@ def read_settings(folder: Path) -> ModelSettings:
 
 
 def _save_part(part: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    part.save_pretrained(folder)
+    adapters.save(part, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -124,7 +124,7 @@ def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSetti
 def _fingerprint(folder: Path, settings: ModelSettings) -> str:
     """SHA-256 over all that a passage's vector depends on: Emb_seq, projection, similarity and passage layout."""
     emb = folder / ("gen" if settings.emb_is_gen else "emb")
-    files = (*sorted(emb.glob("*.safetensors")), emb / "adapter_config.json", folder / "projection.safetensors")
+    files = (*sorted(emb.glob("*.safetensors")), emb / adapters.CONFIG, folder / "projection.safetensors")
     weights = [sha256(file) for file in files if file.is_file()]
     template = settings.template
     layout = [settings.similarity, settings.pooling, template.passage, template.end_token, template.max_passage_tokens]
