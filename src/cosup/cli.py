@@ -58,6 +58,35 @@ def train(
     terminal.out.print(f"saved: {run}/model, {run}/metrics.jsonl, {run}/curves.png", soft_wrap=True)
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="RUN/checkpoints/checkpoint-N, or a run or model folder.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into full weights.")] = False,
+) -> None:
+    """Turn a checkpoint, or a run, into a model folder of plain Hugging Face folders."""
+    from cosup.train import export_model
+
+    export_model(source, out, merge=merge)
+    print(f"saved: {out}")
+
+
+@app.command("import")
+def import_(
+    gen: Annotated[str, typer.Option(help="The published generator: a Hugging Face name or a folder.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    emb: Annotated[str | None, typer.Option(help="The published Emb_seq of a co-supervised pair.")] = None,
+    retriever: Annotated[
+        str | None, typer.Option(help="In its place, of separate training: the LM that encodes both sides.")
+    ] = None,
+) -> None:
+    """Turn the checkpoints published with the paper into a model folder."""
+    from cosup.model import import_published
+
+    import_published(gen, emb, out=out, retriever=retriever)
+    print(f"saved: {out}")
+
+
 @index_app.command("build")
 def index_build(
     model: ModelOption,

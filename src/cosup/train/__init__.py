@@ -1,6 +1,7 @@
 """Co-supervised training: batches, a transformers.Trainer with both losses, and a run from a recipe."""
 
 from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, load_data
+from cosup.train.export import export_model
 from cosup.train.optimizer import MasterAdamW
 from cosup.train.run import plot_curves, remove_run, start_model, train_recipe
 from cosup.train.step import Weights, backward_in_chunks, objective_loss
@@ -14,6 +15,7 @@ __all__ = [
     "NeighbourSampler",
     "Weights",
     "backward_in_chunks",
+    "export_model",
     "load_data",
     "objective_loss",
     "plot_curves",

@@ -71,7 +71,7 @@ def train_recipe(
         )
     if processes.is_main_process:
         plot_curves(run)
-        model.save(run / "model", card=_card(recipe, trainer.state.log_history))
+        model.save(run / "model", card=model_card(recipe, trainer.state.log_history))
     processes.wait_for_everyone()
     return run
 
@@ -182,7 +182,8 @@ def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str,
     return table
 
 
-def _card(recipe: Recipe, history: list[dict[str, Any]]) -> str:
+def model_card(recipe: Recipe, history: list[dict[str, Any]]) -> str:
+    """Text of the model card: what was last logged, and the recipe."""
     last: dict[str, Any] = next((row for row in reversed(history) if "tokens_per_second" in row), {})
     figures = "\n".join(f"- {name}: {last[name]:.3f}" for name in ("ntp", "nsp", "accuracy") if name in last)
     return (
