@@ -5,6 +5,7 @@ from cosup.model.folders import ModelSettings
 from cosup.model.lms import Dtype, compute_dtype, find_model, keep_freed_memory
 from cosup.model.packing import Batch, batches_by_tokens, chunk_count, chunks, pack
 from cosup.model.published import import_published
+from cosup.model.shapes import sketch
 
 __all__ = [
     "Batch",
@@ -20,4 +21,5 @@ __all__ = [
     "import_published",
     "keep_freed_memory",
     "pack",
+    "sketch",
 ]

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from cosup.config import LoraSection, ModelSection, UserError
-from cosup.model.lms import add_control_rows, is_tied, keep_layers, lasting_name, load_body, load_lm
-from cosup.template import Template, TemplateSettings, Tokenizer
-
-CONFIG = "adapter_config.json"
+from cosup.model.lms import ADAPTER_CONFIG, add_control_rows, is_tied, keep_layers, lasting_name, load_body, load_lm
+from cosup.template import TemplateSettings, Tokenizer
 
 
-def adapted(section: ModelSection, gen: Any, emb: Any, *, template: Template) -> tuple[Any, Any]:
+def adapted(section: ModelSection, gen: Any, emb: Any, *, rows: list[int]) -> tuple[Any, Any]:
     """Gen and Emb_seq with the adapters that a recipe asks for; what has none is not trained.
 
     The rows of the control tokens are trained with Gen's adapter, and saved with it: nothing else of the embeddings is.
@@ -25,10 +23,9 @@ def adapted(section: ModelSection, gen: Any, emb: Any, *, template: Template) ->
         section: the recipe's `model`, with `lora`.
         gen: with rows for the control tokens.
         emb: a body, Gen's own where they are shared.
-        template: knows the control tokens.
+        rows: ids of the control tokens.
     """
     assert section.lora is not None
-    rows = [template.ret, template.cs, template.ce]
     shared = section.emb == "gen"
     if "gen" in section.lora.on:
         gen = _adapt(gen, section.lora, base=lasting_name(section.gen, part="gen"), task="CAUSAL_LM", rows=rows)
@@ -49,11 +46,6 @@ def merged(part: Any) -> Any:
     return part.merge_and_unload() if hasattr(part, "merge_and_unload") else part
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter."""
-    return (folder / CONFIG).is_file()
-
-
 def save(part: Any, folder: Path) -> None:
     """Writes a part as a Hugging Face folder; of one with an adapter only that, and the rows trained with it."""
     if not hasattr(part, "peft_config"):
@@ -63,10 +55,10 @@ def save(part: Any, folder: Path) -> None:
         # by itself, peft saves the whole embeddings where they have more rows than those of the base
         part.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     if isinstance(config["target_modules"], list):  # a set, whose order differs from process to process
         config["target_modules"].sort()
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_merged(
@@ -85,7 +77,7 @@ def load_merged(
         UserError: the base can't be found.
     """
     peft = _peft()
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     name = config["base_model_name_or_path"]
     causal = config["task_type"] == "CAUSAL_LM"
     base, base_tokenizer = (load_lm if causal else load_body)(name)

@@ -22,6 +22,7 @@ from cosup.template import TemplateSettings, Tokenizer, with_control_tokens
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 SMOLLM2 = "smollm2-135m"
 ALL_MINILM = "all-minilm-l6-v2"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def compute_dtype(dtype: Dtype, device: str) -> torch.dtype:
@@ -80,13 +81,13 @@ def without_pooler(body: Any) -> Any:
 
 def lasting_name(name: str, *, part: str) -> str:
     """A name that still holds elsewhere: of a local folder, the absolute path of the `gen` or `emb` meant by it."""
-    place = _place(name, part)
+    place = place_of(name, part)
     return str(place.resolve()) if place.is_dir() and name not in _PACKAGED else name
 
 
 def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
-    place = _place(name, part)
-    if (place / "adapter_config.json").is_file():
+    place = place_of(name, part)
+    if is_adapter_folder(place):
         raise UserError(
             f"{name} holds adapters, not whole weights: merge them with `cosup export {name} --out FOLDER --merge`, "
             "and name that folder"
@@ -103,7 +104,13 @@ def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
         ) from None
 
 
-def _place(name: str, part: str) -> Path:
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def place_of(name: str, part: str) -> Path:
+    """Where a model is on this machine, or would be; arguments as for `lasting_name`."""
     place = _PACKAGED[name]() if name in _PACKAGED else Path(name)
     if place.is_dir() and not (place / "config.json").is_file():
         return find_model(place) / part
