@@ -253,7 +253,7 @@ def test_smollm2_learns_to_retrieve_with_the_real_encoder(tmp_path: Path) -> Non
             "name": "minilm",
             "model": {"gen": "smollm2-135m", "emb": ALL_MINILM},
             "data": {"folder": str(tmp_path / "data"), "train": ["train.jsonl"], "passages": ["passages.jsonl"]},
-            "train": {"batch_size": 8, "max_steps": 12, "learning_rate": 3e-4, "log_steps": 1, "dtype": "float32"},
+            "train": {"batch_size": 4, "max_steps": 8, "learning_rate": 3e-4, "log_steps": 1, "dtype": "float32"},
         }
     )
     run = train_recipe(recipe, tmp_path / "run")

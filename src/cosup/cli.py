@@ -44,13 +44,20 @@ def train(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Overrides a key: section.key=value.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> without it.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run folder first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate memory and time.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Of --dry-run: how many processes will share a step.")
+    ] = None,
 ) -> None:
     """Train a model from a recipe; go on with an interrupted run of the same recipe."""
     from cosup import terminal
     from cosup.config import load_recipe
-    from cosup.train import remove_run, train_recipe
+    from cosup.train import estimate_run, remove_run, train_recipe
 
     settings = load_recipe(recipe, overrides or ())
+    if dry_run:
+        terminal.show_settings(estimate_run(settings, processes=processes).table())
+        return
     run = out or Path("runs") / settings.name
     if fresh:
         remove_run(run)

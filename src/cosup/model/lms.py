@@ -72,6 +72,16 @@ def load_body(name: str) -> tuple[Any, Tokenizer]:
     return without_pooler(body), tokenizer
 
 
+def load_tokenizer(name: str, *, part: str) -> Tokenizer:
+    """The tokenizer of a model alone; arguments as for `lasting_name`, errors as for `load_lm`."""
+    place = place_of(name, part)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(place if place.is_dir() else name)
+    except (OSError, ValueError) as e:
+        raise UserError(f"the tokenizer of {name!r} can't be loaded ({str(e).strip().splitlines()[0]})") from None
+
+
 def without_pooler(body: Any) -> Any:
     """The body without the layer that some encoders put behind their states, and that nothing here reads."""
     if getattr(body, "pooler", None) is not None:
