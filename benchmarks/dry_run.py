@@ -8,6 +8,7 @@ measured, and their ratios; 1 is exact.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -81,7 +82,7 @@ def measured(recipe: Recipe, steps: int) -> dict[str, float]:
     train = recipe.train.model_copy(update={"max_steps": steps, "max_minutes": None})
     with tempfile.TemporaryDirectory() as folder:
         train_recipe(recipe.model_copy(update={"train": train}), Path(folder) / "run", callbacks=[Watch()])
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
     return {"step_seconds": statistics.fmean(seconds), "peak_gb": peaks[-1], "slowest": max(seconds)}
 
 

@@ -187,3 +187,27 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(recipe: Any, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert all(name in result.output for name in ("peak memory", "time a step", "optimiser", "activations"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_starts_with_what_is_trained_and_frozen_with_tokens_steps_and_memory(recipe: Any, tmp_path: Path) -> None:
+    shown: dict[str, str] = {}
+    made = recipe({"lora": {"rank": 2, "on": ["gen"]}}, max_steps=2)
+    train_recipe(made, tmp_path / "run", on_start=shown.update)
+    model = start_model(made)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    frozen_emb = sum(p.numel() for p in model.emb.parameters()) / 1e6
+    assert shown["trained"] == f"gen {trained:.1f}M"
+    assert shown["frozen"].endswith(f"emb {frozen_emb:.1f}M")
+    assert shown["steps"] == "2"
+    assert shown["memory"].startswith("about ")
+    tokens = sum(map(module.tokens_of, module._sample(made, 1).batches[:2])) / 2
+    assert shown["tokens"].startswith(f"about {tokens:,.0f} a step")
+
+
+def test_passages_that_are_only_looked_at_are_not_counted_as_shortened(recipe: Any) -> None:
+    made = recipe()
+    model = start_model(made)
+    data = module.load_data(made, model.template)
+    model.template.settings = model.template.settings.model_copy(update={"max_passage_tokens": 8})
+    assert "trained" in module.expectations(made, model, data)
+    assert model.template.shortened == set()

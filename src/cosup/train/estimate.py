@@ -35,6 +35,7 @@ _SAMPLED = 24  # batches looked at
 _TIMED_TOKENS = 8192  # of a step that is timed; a larger one is timed in part
 _REPEATS = 3
 _CUT = 4  # layers of a cut model
+_BYTES_TRAINED = 20  # of a bfloat16 weight with all that its training needs; a float32 one takes 16
 _GB = 1e9
 
 
@@ -188,15 +189,56 @@ def tokens_of(batch: Batch) -> int:
     return len(batch["gen_ids"]) + sum(batch.get("emb_lengths", ()))
 
 
-def first_batches(recipe: Recipe, data: TrainingData, template: Template, *, processes: int = 1) -> list[Batch]:
-    """The first batches of a run, as one of `processes` gets them."""
+def expectations(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str, str]:
+    """Rows of the table at the start of a run: what is trained, what is frozen, tokens, steps and memory; no time.
+
+    Args:
+        recipe: the run.
+        model: that is loaded, and will be trained.
+        data: that was read.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    shortened = set(model.template.shortened)
+    batches = first_batches(recipe, data, model.template, processes=processes, count=_SAMPLED // 3)
+    model.template.shortened = shortened  # what was only looked at is not counted
+    sample = Sample(batches, len(data.examples))
+    memory = expected_memory(recipe, sample.largest, loaded=_bytes(model.parameters()))
+    steps = Estimate(recipe, sample, memory, None, "", processes).steps
+    assert steps is not None
+    tokens = sample.tokens * processes
+    trained, frozen = _parts(model, trained=True), _parts(model, trained=False)
+    return {
+        "trained": ", ".join(trained),
+        **({"frozen": ", ".join(frozen)} if frozen else {}),
+        "tokens": f"about {tokens:,.0f} a step, {tokens * steps / 1e6:,.1f} million in all",
+        "steps": f"{steps:,}" + (" at most" if recipe.train.max_minutes else ""),
+        "memory": f"about {memory.peak / _GB:.1f} GB expected at the peak of a process",
+    }
+
+
+def _parts(model: CoSupModel, *, trained: bool) -> list[str]:
+    """Each part's number of parameters that are trained, or that are not; what two parts share counts once."""
+    counted: set[int] = set()
+    found = []
+    for name, part in model.named_children():
+        own = [p for p in part.parameters() if id(p) not in counted]
+        counted |= {id(p) for p in own}
+        if numbers := sum(p.numel() for p in own if p.requires_grad is trained):
+            found.append(f"{name} {numbers / 1e6:,.1f}M")
+    return found
+
+
+def first_batches(
+    recipe: Recipe, data: TrainingData, template: Template, *, processes: int = 1, count: int = _SAMPLED
+) -> list[Batch]:
+    """The first `count` batches of a run, as one of `processes` gets them."""
     share = recipe.train.batch_size // processes
     order = iter(NeighbourSampler(data.titles(), size=recipe.train.neighbours, seed=recipe.seed))
     collate = Collator(template, data.passages, recipe.train)
     batches: list[Batch] = []
-    while len(batches) < _SAMPLED and (rows := list(islice(order, share))):
+    while len(batches) < count and (rows := list(islice(order, share))):
         batches.append(collate([data.examples[row] for row in rows]))
-    return batches[:-1] if len(batches) > 1 and len(batches) < _SAMPLED else batches  # the last may be a short one
+    return batches[:-1] if 1 < len(batches) < count else batches  # the last may be a short one
 
 
 def expected_memory(recipe: Recipe, batch: Batch, *, loaded: int = 0) -> Memory:
@@ -385,7 +427,7 @@ def _median_seconds(work: Callable[[], None]) -> float:
 def _too_large(recipe: Recipe, sample: Sample) -> str:
     """Why the cut models can't be timed here; empty where they can."""
     cut = _sketched(recipe, layers=_timed_layers(recipe), device="meta")
-    need = 4 * _bytes(cut.parameters()) + _bytes(cut.parameters()) * 2
+    need = _BYTES_TRAINED * sum(p.numel() for p in cut.parameters())
     free = torch.cuda.mem_get_info()[0] if _device() == "cuda" else psutil.virtual_memory().available
     if need < free * 0.8:
         return ""
