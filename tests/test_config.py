@@ -6,7 +6,9 @@ import yaml
 
 from cosup.config import Recipe, UserError, dump_recipe, load_recipe, parse_recipe
 
-RECIPES = sorted(Path(__file__).parent.parent.joinpath("recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+PAPER = sorted((FOLDER / "paper").glob("*.yaml"))
 MINIMAL = "name: small\ndata: {train: [t.jsonl], passages: [p.jsonl]}\n"
 
 
@@ -47,6 +49,21 @@ def test_every_shipped_recipe_is_valid_and_names_every_key_of_its_sections(path)
 
 def test_there_are_shipped_recipes():
     assert len(RECIPES) >= 2
+    assert len(PAPER) >= 6
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_recipes_have_its_values_and_differ_in_what_their_name_says(path):
+    recipe, main = load_recipe(path), load_recipe(FOLDER / "paper" / "llama2-7b.yaml")
+    assert recipe.name == f"paper-{path.stem}"
+    assert (recipe.train.lambda_, recipe.model.temperature, recipe.model.similarity) == (0.01, 1.0, "dot")
+    assert (recipe.train.batch_size, recipe.train.epochs, recipe.data.max_tokens) == (64, 3, 1024)
+    assert (recipe.train.learning_rate, recipe.train.schedule, recipe.train.epoch_decay) == (2e-5, "epoch", 0.85)
+    assert (recipe.train.weight_decay, recipe.train.max_grad_norm, recipe.train.warmup) == (0.0, 1.0, 0.0)
+    assert (recipe.train.train_on_passages, recipe.data.only_with_retrieval) == (True, True)
+    train = recipe.train.model_copy(update={"objective": main.train.objective})
+    model = recipe.model.model_copy(update={"emb": main.model.emb})
+    assert recipe.model_copy(update={"name": main.name, "train": train, "model": model}) == main
 
 
 def test_a_recipe_that_is_written_out_reads_back_equal(write):

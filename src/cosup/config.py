@@ -47,7 +47,7 @@ class ModelSection(Section):
     gen: str = "smollm2-135m"
     """Gen: `smollm2-135m`, a Hugging Face name, a local folder, or a model folder of cosup."""
     emb: str | None = None
-    """Emb_seq: a decoder or encoder, named as `gen`; `gen`: Gen's own body; without it, a copy of that."""
+    """Emb_seq: named as `gen`, or the encoder `all-minilm-l6-v2`; `gen`: Gen's own body; without it, a copy of that."""
     emb_layers: Annotated[int, Field(ge=1)] | None = None
     """Keep only the first N layers of Emb_seq."""
     similarity: Similarity = "cosine"

@@ -4,6 +4,8 @@ from cosup.model.core import CoSupModel, Output
 from cosup.model.folders import ModelSettings
 from cosup.model.lms import Dtype, compute_dtype, find_model, keep_freed_memory
 from cosup.model.packing import Batch, batches_by_tokens, chunk_count, chunks, pack
+from cosup.model.published import import_published
+from cosup.model.shapes import sketch
 
 __all__ = [
     "Batch",
@@ -16,6 +18,8 @@ __all__ = [
     "chunks",
     "compute_dtype",
     "find_model",
+    "import_published",
     "keep_freed_memory",
     "pack",
+    "sketch",
 ]

@@ -1,17 +1,20 @@
 """LoRA on Gen and Emb_seq, by peft: put on, saved small, merged when a model is opened for inference."""
 
+import contextlib
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cosup.config import LoraSection, ModelSection, UserError
-from cosup.model.lms import add_control_rows, keep_layers, load_body, load_lm
-from cosup.template import Template, TemplateSettings, Tokenizer
+from cosup.model.lms import ADAPTER_CONFIG, add_control_rows, is_tied, keep_layers, lasting_name, load_body, load_lm
+from cosup.template import TemplateSettings, Tokenizer
 
 
-def adapted(section: ModelSection, gen: Any, emb: Any, *, template: Template) -> tuple[Any, Any]:
+def adapted(section: ModelSection, gen: Any, emb: Any, *, rows: list[int]) -> tuple[Any, Any]:
     """Gen and Emb_seq with the adapters that a recipe asks for; what has none is not trained.
 
     The rows of the control tokens are trained with Gen's adapter, and saved with it: nothing else of the embeddings is.
@@ -20,13 +23,12 @@ def adapted(section: ModelSection, gen: Any, emb: Any, *, template: Template) ->
         section: the recipe's `model`, with `lora`.
         gen: with rows for the control tokens.
         emb: a body, Gen's own where they are shared.
-        template: knows the control tokens.
+        rows: ids of the control tokens.
     """
     assert section.lora is not None
-    rows = [template.ret, template.cs, template.ce]
     shared = section.emb == "gen"
     if "gen" in section.lora.on:
-        gen = _adapt(gen, section.lora, base=section.gen, task="CAUSAL_LM", rows=rows)
+        gen = _adapt(gen, section.lora, base=lasting_name(section.gen, part="gen"), task="CAUSAL_LM", rows=rows)
     elif shared:
         raise UserError("model.lora.on leaves out gen, whose weights model.emb: gen shares; name gen there")
     if shared:
@@ -34,7 +36,7 @@ def adapted(section: ModelSection, gen: Any, emb: Any, *, template: Template) ->
     if "emb" in section.lora.on:
         # only a copy of Gen has these rows, and only a separate retriever reads them
         own = rows if section.emb is None else None
-        base = section.emb or section.gen
+        base = lasting_name(section.emb, part="emb") if section.emb else lasting_name(section.gen, part="gen")
         emb = _adapt(emb, section.lora, base=base, task="FEATURE_EXTRACTION", rows=own)
     return gen, emb
 
@@ -44,9 +46,19 @@ def merged(part: Any) -> Any:
     return part.merge_and_unload() if hasattr(part, "merge_and_unload") else part
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter."""
-    return (folder / "adapter_config.json").is_file()
+def save(part: Any, folder: Path) -> None:
+    """Writes a part as a Hugging Face folder; of one with an adapter only that, and the rows trained with it."""
+    if not hasattr(part, "peft_config"):
+        part.save_pretrained(folder)
+        return
+    with _quiet():
+        # by itself, peft saves the whole embeddings where they have more rows than those of the base
+        part.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
+    config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
+    if isinstance(config["target_modules"], list):  # a set, whose order differs from process to process
+        config["target_modules"].sort()
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_merged(
@@ -65,7 +77,7 @@ def load_merged(
         UserError: the base can't be found.
     """
     peft = _peft()
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     name = config["base_model_name_or_path"]
     causal = config["task_type"] == "CAUSAL_LM"
     base, base_tokenizer = (load_lm if causal else load_body)(name)
@@ -73,7 +85,8 @@ def load_merged(
         add_control_rows(base, base_tokenizer, template)
     if layers is not None:
         keep_layers(base, layers)
-    return peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload().to(dtype)
+    with _quiet():
+        return peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload().to(dtype)
 
 
 def _adapt(part: Any, lora: LoraSection, *, base: str, task: str, rows: list[int] | None) -> Any:
@@ -83,12 +96,33 @@ def _adapt(part: Any, lora: LoraSection, *, base: str, task: str, rows: list[int
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) if lora.targets else "all-linear",
-        trainable_token_indices=rows,
+        trainable_token_indices=None if rows is None else _rows_by_layer(part, rows),
         task_type=task,
     )
-    wrapped = peft.get_peft_model(part, config)
+    try:
+        with _quiet():
+            wrapped = peft.get_peft_model(part, config)
+    except ValueError as e:
+        raise UserError(f"model.lora can't be put on {base!r}: {' '.join(str(e).split())}") from None
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
+
+
+def _rows_by_layer(part: Any, rows: list[int]) -> dict[str, list[int]]:
+    """The rows to train of the embeddings, and of the head where it is a matrix of its own."""
+    layers = [part.get_input_embeddings()]
+    if not is_tied(part) and part.get_output_embeddings() is not None:
+        layers.append(part.get_output_embeddings())
+    names = {id(module): name for name, module in part.named_modules()}
+    return {names[id(layer)]: rows for layer in layers}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without peft's warnings: about what we do on purpose, and about its own use of transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _peft() -> Any:

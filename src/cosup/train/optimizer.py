@@ -1,10 +1,22 @@
-"""AdamW for bfloat16 weights."""
+"""AdamW, for bfloat16 weights too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cosup.config import TrainSection
+
+
+def adamw(parameters: Sequence[Tensor], section: TrainSection) -> torch.optim.Optimizer:
+    """AdamW as a recipe asks for it; weight decay, if any, on matrices only; with masters for bfloat16 weights."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": section.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    half = any(p.dtype == torch.bfloat16 for p in parameters)
+    return (MasterAdamW if half else torch.optim.AdamW)(groups, lr=section.learning_rate, fused=True)
 
 
 class MasterAdamW(torch.optim.Optimizer):

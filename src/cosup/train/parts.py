@@ -7,7 +7,7 @@ from torch import nn
 
 from cosup.config import Recipe, UserError
 from cosup.model import CoSupModel
-from cosup.model.lms import body_of
+from cosup.model.lms import body_of, is_tied
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def choose_trained(model: CoSupModel, recipe: Recipe) -> None:
         "lm_head": head,
         "embeddings": embeddings,
     }
-    tied = head.weight is embeddings.weight
+    tied = is_tied(model.gen)
     for name in _frozen(recipe):
         if name == "lm_head" and tied:
             model.head_learns = False

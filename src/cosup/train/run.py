@@ -21,6 +21,7 @@ from cosup.model import CoSupModel, compute_dtype
 from cosup.template import TemplateSettings
 from cosup.train.checkpoints import newest_checkpoint
 from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, TrainingData, load_data
+from cosup.train.estimate import expectations
 from cosup.train.parts import choose_trained, save_activations
 from cosup.train.trainer import CoSupTrainer, MetricsFile
 
@@ -59,7 +60,7 @@ def train_recipe(
     model.to(compute_dtype(recipe.train.dtype, processes.device.type))
     if processes.is_main_process:
         _claim(run, recipe)
-        on_start(_summary(recipe, model, data))
+        on_start(_summary(recipe, model, data) | expectations(recipe, model, data))
     processes.wait_for_everyone()
     trainer = _trainer(recipe, model, data, run, callbacks if processes.is_main_process else ())
     with explained(run):
@@ -72,7 +73,7 @@ def train_recipe(
         )
     if processes.is_main_process:
         plot_curves(run)
-        model.save(run / "model", card=_card(recipe, trainer.state.log_history))
+        model.save(run / "model", card=model_card(recipe, trainer.state.log_history))
     processes.wait_for_everyone()
     return run
 
@@ -167,12 +168,10 @@ def _versions() -> dict[str, str]:
 
 
 def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str, str]:
-    """What is shown before a run: what is trained, on what, for how long."""
+    """What is shown before a run of what the recipe says; see `expectations` for what follows from it."""
     section = recipe.train
-    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     limits = [(f"{section.epochs:g}", "epochs"), (section.max_steps, "steps"), (section.max_minutes, "minutes")]
     table = {
-        "model": ", ".join(f"{name} {size:.0f}M" for name, size in millions.items()) + " parameters",
         "objective": section.objective + (f", lambda {section.lambda_:g}" if section.objective == "ntp+nsp" else ""),
         "examples": f"{len(data.examples):,} over {len(data.passages):,} passages, {section.batch_size} a step",
         "until": " or ".join(f"{limit} {unit}" for limit, unit in limits if limit),
@@ -183,7 +182,8 @@ def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str,
     return table
 
 
-def _card(recipe: Recipe, history: list[dict[str, Any]]) -> str:
+def model_card(recipe: Recipe, history: list[dict[str, Any]]) -> str:
+    """Text of the model card: what was last logged, and the recipe."""
     last: dict[str, Any] = next((row for row in reversed(history) if "tokens_per_second" in row), {})
     figures = "\n".join(f"- {name}: {last[name]:.3f}" for name in ("ntp", "nsp", "accuracy") if name in last)
     return (

@@ -21,7 +21,7 @@ from cosup.files import atomic_file
 from cosup.model import Batch, CoSupModel
 from cosup.train.checkpoints import UNFINISHED, finish_checkpoint, load_trained, newest_checkpoint, save_trained
 from cosup.train.collate import Collator
-from cosup.train.optimizer import MasterAdamW
+from cosup.train.optimizer import adamw
 from cosup.train.step import Metrics, backward_in_chunks, objective_loss, several_processes
 
 
@@ -176,14 +176,7 @@ class CoSupTrainer(Trainer):
         """AdamW over everything that is trained; weight decay, if any, on matrices only."""
         if self.optimizer is None:
             assert self.model is not None
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.section.weight_decay},
-                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-            half = any(p.dtype == torch.bfloat16 for p in trained)
-            optimizer = MasterAdamW if half else torch.optim.AdamW
-            self.optimizer = optimizer(groups, lr=self.section.learning_rate, fused=True)
+            self.optimizer = adamw([p for p in self.model.parameters() if p.requires_grad], self.section)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -1,0 +1,59 @@
+"""From a checkpoint or a finished run to a model folder of plain Hugging Face folders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from cosup.config import UserError, load_recipe
+from cosup.files import atomic_folder
+from cosup.model import CoSupModel, find_model
+from cosup.train.checkpoints import load_trained
+from cosup.train.run import model_card, start_model
+
+
+def export_model(source: Path, out: Path, *, merge: bool = False) -> None:
+    """Writes a model folder, which everything else of cosup opens, and whose `gen/` and `emb/` are Hugging Face's.
+
+    Args:
+        source: a checkpoint of a run, `RUN/checkpoints/checkpoint-N`, or a run or model folder.
+        out: the model folder to write; one that is there is replaced.
+        merge: whether adapters are merged into full weights; without, they stay adapters on the base that they name.
+
+    Raises:
+        UserError: there is nothing of the kind at `source`, it is damaged, or `out` is not ours to replace.
+    """
+    if (source / "trainer_state.json").is_file():
+        _export_checkpoint(source, out, merge=merge)
+        return
+    folder = find_model(source)
+    if folder.resolve() == out.resolve():
+        raise UserError(f"{out} is the model itself; name another folder with --out")
+    if merge and any(folder.glob("*/adapter_config.json")):
+        CoSupModel.load(folder, dtype="float32", device="cpu").save(out, card=(folder / "README.md").read_text("utf-8"))
+        return
+    with atomic_folder(out, marker="cosup.json") as new:
+        shutil.copytree(folder, new, dirs_exist_ok=True)
+
+
+def _export_checkpoint(checkpoint: Path, out: Path, *, merge: bool) -> None:
+    recipe = checkpoint.parent.parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{checkpoint} is not inside its run: {recipe} is missing, which says what it was trained from")
+    settings = load_recipe(recipe)
+    model = start_model(settings).to(_dtype(checkpoint))
+    load_trained(model, checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    model.save(out, card=model_card(settings, state["log_history"]), merge=merge)
+
+
+def _dtype(checkpoint: Path) -> torch.dtype:
+    """What the weights of a checkpoint were trained in."""
+    file = checkpoint / "model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{checkpoint} has no model.safetensors, so it is not a whole checkpoint; name another")
+    with safe_open(file, framework="pt") as weights:
+        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
+    return dtype

@@ -1,0 +1,90 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosup.cli import app
+from cosup.config import Recipe, UserError, parse_recipe
+from cosup.data import Evidence, Example, Passage, write_records
+from cosup.model import CoSupModel
+from cosup.train import export_model, train_recipe
+
+
+@pytest.fixture
+def recipe(tiny_lm: Path, tmp_path: Path, passages: list[Passage]) -> Any:
+    examples = [Example(f"e{i}", "squad", f"which {i}?", (Evidence(f"p{i}", "Oslo"),)) for i in range(8)]
+    write_records(tmp_path / "passages.jsonl", passages)
+    write_records(tmp_path / "examples.jsonl", examples)
+
+    def make(dtype: str = "float32", lora: dict[str, Any] | None = None) -> Recipe:
+        train = {"batch_size": 4, "max_steps": 4, "epochs": 9, "save_steps": 2, "dtype": dtype, "log_steps": 2}
+        return parse_recipe(
+            {
+                "name": "tiny",
+                "model": {"gen": str(tiny_lm), "lora": lora},
+                "data": {"folder": str(tmp_path), "train": ["examples.jsonl"], "passages": ["passages.jsonl"]},
+                "train": train,
+            }
+        )
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_last_checkpoint_becomes_the_same_folder_as_the_finished_model(
+    recipe: Any, tmp_path: Path, dtype: str
+) -> None:
+    run = train_recipe(recipe(dtype), tmp_path / "run")
+    export_model(run / "checkpoints" / "checkpoint-4", tmp_path / "last")
+    export_model(run / "checkpoints" / "checkpoint-2", tmp_path / "middle")
+    assert weights(tmp_path / "last") == weights(run / "model")
+    assert weights(tmp_path / "middle").keys() == weights(run / "model").keys()
+    assert weights(tmp_path / "middle") != weights(run / "model")
+    assert CoSupModel.load(tmp_path / "last").fingerprint == CoSupModel.load(run).fingerprint
+    assert "- ntp: " in (tmp_path / "last" / "README.md").read_text()
+
+
+def test_adapters_stay_adapters_unless_they_are_merged_and_give_the_same_vectors(
+    recipe: Any, tmp_path: Path, passages: list[Passage]
+) -> None:
+    run = train_recipe(recipe(lora={"rank": 2}), tmp_path / "run")
+    sources = {"checkpoint": run / "checkpoints" / "checkpoint-4", "run": run, "model": run / "model"}
+    vectors = CoSupModel.load(run, dtype="float32").embed_passages(passages)
+    for name, source in sources.items():
+        for merge in (False, True):
+            out = tmp_path / f"{name}-{merge}"
+            export_model(source, out, merge=merge)
+            assert (out / "gen" / "adapter_config.json").is_file() is not merge
+            assert (out / "gen" / "model.safetensors").is_file() is merge
+            assert CoSupModel.load(out, dtype="float32").embed_passages(passages) == pytest.approx(vectors, abs=3e-5)
+
+
+def test_what_is_no_checkpoint_is_refused(recipe: Any, tmp_path: Path) -> None:
+    run = train_recipe(recipe(), tmp_path / "run")
+    with pytest.raises(UserError, match="there is no model at"):
+        export_model(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(UserError, match="is the model itself"):
+        export_model(run, run / "model")
+    alone = tmp_path / "alone" / "checkpoint-4"
+    shutil.copytree(run / "checkpoints" / "checkpoint-4", alone)
+    with pytest.raises(UserError, match=r"is not inside its run: .*recipe\.yaml is missing"):
+        export_model(alone, tmp_path / "out")
+    (run / "checkpoints" / "checkpoint-4" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        export_model(run / "checkpoints" / "checkpoint-4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_exports_a_run(tiny_folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, ["export", str(tiny_folder), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert weights(tmp_path / "out") == weights(tiny_folder)
+    assert json.loads((tmp_path / "out" / "cosup.json").read_text())["fingerprint"]
