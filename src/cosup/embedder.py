@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cosup.data import Passage
+from cosup.config import UserError
+from cosup.data import Example, Passage
+from cosup.index import Index
 from cosup.model import CoSupModel
 
 
@@ -82,3 +84,35 @@ class OpenModel:
             torch.set_num_threads(self.threads)
         gpus = torch.cuda.device_count()
         return ModelEmbedder(CoSupModel.load(self.folder, device=f"cuda:{worker % gpus}" if gpus else None))
+
+
+class ContextQueries:
+    """Gen's states at each `[Ret]` of training examples, in their own contexts: what mining searches with.
+
+    Args:
+        model: the current one.
+        index: holds the passages that the examples cite.
+    """
+
+    def __init__(self, model: CoSupModel, index: Index):
+        self._model, self._index = model, index
+
+    def __call__(self, examples: Sequence[Example]) -> list[npt.NDArray[np.float32]]:
+        """States [K, D] of each example, one for each of its retrievals."""
+        contexts = [self._contexts(example) for example in examples]
+        flat = [context for own in contexts for context in own]
+        states_QD = self._model.query(flat) if flat else np.zeros((0, self._model.dim), np.float32)
+        ends = np.cumsum([len(own) for own in contexts])
+        return np.split(states_QD, ends[:-1])
+
+    def _contexts(self, example: Example) -> list[list[int]]:
+        cited = [part.passage for part in example.evidence]
+        try:
+            passages = dict(zip(cited, self._index.get(cited), strict=True))
+        except KeyError as e:
+            raise UserError(
+                f"example {example.id!r} cites passage {e.args[0]!r}, which the index does not hold; "
+                "build it from all passages"
+            ) from None
+        rendered = self._model.template.render(example, passages)
+        return [rendered.ids[:place] for place in rendered.ret]

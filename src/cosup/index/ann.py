@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import faiss
+import faiss as _faiss
 import numpy as np
 
 from cosup.config import UserError
@@ -16,6 +16,8 @@ from cosup.files import explained
 from cosup.index.mapped import MappedFile
 from cosup.index.protocol import Rows, Vectors
 from cosup.index.vectors import VectorFile
+
+faiss: Any = _faiss  # its stubs lack half of what is used here
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Literal
 from cosup.config import UserError
 from cosup.data import Passage
 from cosup.index import ann
-from cosup.index.folder import BUILDING, FaissIndex, clean, drop_building, note, publish, write_aliases, writing
+from cosup.index.folder import BUILDING, FaissIndex, drop_building, note, publish, write_aliases, writing
 from cosup.index.manifest import MANIFEST, Dtype, Manifest, read_manifest
 from cosup.index.prepare import Prepared
 from cosup.index.protocol import Embedder, EmbedderFactory, Index, MeasuringEmbedder, Vectors
@@ -69,13 +69,14 @@ def build_index(
         prepared = Prepared(passages, embedder)
         store = ShardStore(shards or str(out / BUILDING))
         counts = _embed(store, prepared, embedder, dtype, workers, engine, factory, on_progress)
-        if not sum(counts):
-            _leave_nothing(out, store)
-            raise UserError("the corpus is empty: name a file with at least one passage")
-        manifest = _assemble(out, store, counts, prepared, embedder, kind, dtype, graph_threads)
-        publish(out, manifest)
+        if sum(counts):
+            manifest = _assemble(out, store, counts, prepared, embedder, kind, dtype, graph_threads)
+            publish(out, manifest)
         store.delete()
         drop_building(out)
+    if not sum(counts):
+        _drop_empty(out)
+        raise UserError("the corpus is empty: name a file with at least one passage")
     note(out, "built", passages=manifest.count, kind=manifest.kind, dtype=dtype, origin=origin, split=prepared.split,
          duplicates=len(prepared.aliases), embedder=embedder.fingerprint)  # fmt: skip
     return FaissIndex(out)
@@ -227,7 +228,7 @@ def _refuse_small_disk(out: Path, total: int | None, dim: int, dtype: Dtype) -> 
         )
 
 
-def _leave_nothing(out: Path, store: ShardStore) -> None:
-    store.delete()
-    if (out / MANIFEST).is_file():
-        clean(out, read_manifest(out))
+def _drop_empty(out: Path) -> None:
+    """Removes a folder that holds nothing but the lock."""
+    if {path.name for path in out.iterdir()} <= {"lock"}:
+        shutil.rmtree(out)

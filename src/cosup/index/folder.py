@@ -95,8 +95,8 @@ class FaissIndex:
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         if not len(queries_QD) or k < 1:
             return [[] for _ in queries_QD]
-        parts = [self._nearest(number, queries_QD, k, where) for number in range(len(self._segments))]
-        parts = [part for part in parts if part is not None]
+        found = (self._nearest(number, queries_QD, k, where) for number in range(len(self._segments)))
+        parts = [part for part in found if part is not None]
         if not parts:
             return [[] for _ in queries_QD]
         scores_QK, rows_QK = parts[0]
@@ -214,6 +214,12 @@ class FaissIndex:
                 segments.append(entry)
             self._publish(segments, generation, removed=np.zeros(0, np.int64), aliases=self._aliases, kind=chosen)
         self._note("compacted", passages=len(self))
+
+    def history(self) -> list[dict[str, Any]]:
+        """What happened to the folder, oldest first: `time`, `what`, and details."""
+        path = self.folder / "history.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines]
 
     def _publish(
         self,
@@ -385,7 +391,8 @@ def _read_removed(folder: Path, entry: FileEntry | None) -> Rows:
         return np.zeros(0, np.int64)
     file = MappedFile(folder, entry)
     file.verify()
-    return np.array(file.array(), np.int64)
+    removed: Rows = file.array().astype(np.int64)
+    return removed
 
 
 def _read_aliases(folder: Path, entry: FileEntry | None) -> dict[str, str]:
