@@ -432,7 +432,7 @@ def data_build(
 
 @app.command()
 def ingest(
-    paths: Annotated[list[Path], typer.Argument(help=".txt, .md, .html, .jsonl files, or folders of them.")],
+    paths: Annotated[list[Path], typer.Argument(help=".txt, .md, .html, .pdf, .jsonl files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="JSONL of passages to write.")],
     max_words: Annotated[int, typer.Option(min=10, help="Most words in a passage.")] = 120,
 ) -> None:

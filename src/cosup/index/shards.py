@@ -105,7 +105,7 @@ def embed_shard(store: ShardStore, number: int, embedder: Embedder, *, dtype: Dt
     if not np.isfinite(vectors_PD).all():
         bad = passages[int(np.flatnonzero(~np.isfinite(vectors_PD).all(1))[0])]
         raise UserError(f"the vector of passage {bad.id!r} is not finite: the model is damaged, or its training failed")
-    out = _parquet(_vector_table(*encode(vectors_PD, dtype)))
+    out = _parquet(_vector_table(*encode(vectors_PD, dtype)), compression="none")  # noise does not shrink
     store.write(_name("vectors", number), out)
     record = {"source": _source(data, embedder.fingerprint, dtype), "vectors": _sha(out)}
     store.write(f"done-{number:06d}.json", json.dumps(record).encode())
@@ -145,9 +145,9 @@ def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _parquet(table: pa.Table) -> bytes:
+def _parquet(table: pa.Table, *, compression: str = "zstd") -> bytes:
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression=compression)
     return sink.getvalue()
 
 
