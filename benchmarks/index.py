@@ -144,6 +144,7 @@ class Noisy:
         self.real, self.dim = real, real.shape[1]
 
     def embed_passages(self, passages: Sequence[Passage]) -> np.ndarray:
+        """Vectors that depend on the ids alone."""
         numbers = np.array([int(passage.id) for passage in passages])
         return noisy(self.real[numbers % len(self.real)], seed=int(numbers[0]))
 
@@ -180,7 +181,6 @@ def searching(
         figures["overhead_vs_faiss"] = times[1][0] / times[0][0] - 1
         figures["overhead_vs_faiss_batch16"] = times[1][1] / times[0][1] - 1
     flat, quickest = times[0], float("inf")
-    del direct
     for kind, dtype in CONFIGURATIONS:
         if kind not in kinds or (dtype == "int8" and size > 100_000) or (kind == "hnsw" and size > 100_000):
             continue
