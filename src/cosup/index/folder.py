@@ -296,8 +296,8 @@ class FaissIndex:
 
     def _removed_of(self, number: int) -> Rows:
         start, end = self._starts[number], self._starts[number + 1]
-        inside = self._removed[self._removed.searchsorted(start) : self._removed.searchsorted(end)]
-        return inside - start
+        inside: Rows = self._removed[self._removed.searchsorted(start) : self._removed.searchsorted(end)] - start
+        return inside
 
     def _alive(self) -> Rows:
         return np.setdiff1d(np.arange(int(self._starts[-1])), self._removed, assume_unique=True)

@@ -4,7 +4,7 @@ Only the numbers of shards travel through Ray; passages and vectors go between t
 A shard that is embedded twice, because its actor died, is written twice alike.
 """
 
-import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,14 +45,18 @@ def embed_shards(
         ray.init(log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the caller has one
     shards = ray.data.from_items([{"shard": number} for number in waiting], override_num_blocks=len(waiting))
-    done = shards.map_batches(
-        _Worker,
-        fn_constructor_args=(place, factory, dtype),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        max_restarts=_RETRIES,
-        max_task_retries=_RETRIES,
-    )
+    gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():  # up to 2.64, Ray has no other way to say how often an actor is restarted
+        warnings.simplefilter("ignore", DeprecationWarning)
+        done = shards.map_batches(
+            _Worker,
+            fn_constructor_args=(place, factory, dtype),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=1 if gpus >= workers else None,
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
+        )
     try:
         for row in done.iter_rows():
             yield int(row["count"])
@@ -65,11 +69,9 @@ def embed_shards(
 
 
 class _Worker:
-    _numbers = itertools.count()
-
     def __init__(self, place: str, factory: EmbedderFactory, dtype: Dtype):
         self._store, self._dtype = ShardStore(place), dtype
-        self._embedder = factory(next(self._numbers))
+        self._embedder = factory(0)  # an actor sees no GPU but its own
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         counts = [embed_shard(self._store, int(shard), self._embedder, dtype=self._dtype) for shard in batch["shard"]]
