@@ -41,3 +41,16 @@ def test_both_sides_of_the_training_benchmark_read_the_same_tokens(
     _, (tokens,) = benchmark.our_side(str(tiny_lm), examples, corpus)
     benchmark.plain_side(str(tiny_lm), examples, corpus, benchmark.torch.float32)(0)
     assert seen["plain"] == tokens
+
+
+@pytest.mark.slow
+def test_the_index_benchmark_prints_every_figure_as_one_json_line(tiny_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "index.py", "--quick", "--model", tiny_folder, "--work", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == "index"
+    assert set(line) == {"benchmark", "figures", "config", "hardware", "versions"}
+    figures = line["figures"]
+    assert {"embed_vs_sentence_transformers", "ann_speedup_at_recall95", "overhead_vs_faiss"} <= set(figures)
+    assert figures["least_cosine"] > 0.9999
