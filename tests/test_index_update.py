@@ -54,6 +54,12 @@ def test_an_update_without_changes_writes_nothing(index):
     assert index.manifest == before
 
 
+def test_an_empty_corpus_does_not_empty_the_index(index):
+    with pytest.raises(UserError, match="the corpus is empty"):
+        update_index(index, [], FakeEmbedder())
+    assert len(index) == 12
+
+
 def test_an_update_can_keep_what_the_corpus_does_not_name(index):
     done = update_index(index, [Passage("new", "fresh")], FakeEmbedder(), remove_others=False)
     assert (done.added, done.removed, len(index)) == (1, 0, 13)

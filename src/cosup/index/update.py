@@ -45,7 +45,7 @@ def update_index(
         on_progress: is told how many passages were embedded.
 
     Raises:
-        UserError: another embedder, two passages with one id, or another process is writing.
+        UserError: another embedder, no passages, two passages with one id, or another process is writing.
     """
     refuse_other(index, embedder)
     prepared = Prepared(passages, embedder)
@@ -62,6 +62,8 @@ def update_index(
             changed.append(passage)
         elif known.meta != passage.meta:
             described.append(passage)
+    if not seen:
+        raise UserError("the corpus is empty: an update by it would remove everything; name a file with passages")
     gone = [passage.id for passage in index if passage.id not in seen] if remove_others else []
     embedded = _embed(index, [*new, *changed], embedder, on_progress)
     vectors_PD = np.concatenate([embedded, index.vectors([passage.id for passage in described])])
