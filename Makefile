@@ -26,6 +26,7 @@ format: .venv/dev-installed
 
 bench: .venv/dev-installed
 	$(BIN)/python benchmarks/train.py --quick
+	$(BIN)/python benchmarks/index.py --quick --model runs/demo/run
 
 clean:
 	rm -rf .venv

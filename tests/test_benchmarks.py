@@ -58,3 +58,16 @@ def test_the_engine_benchmark_prints_every_figure_and_both_sides_write_the_same(
     assert {"speedup_16_rows", "speedup_1_row", "seconds_vs_generate", "search_share"} <= set(figures)
     assert all(value > 0 for value in figures.values())
     assert figures["same_text"] == figures["same_text_1_row"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_index_benchmark_prints_every_figure_as_one_json_line(tiny_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "index.py", "--quick", "--model", tiny_folder, "--work", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == "index"
+    assert set(line) == {"benchmark", "figures", "config", "hardware", "versions"}
+    figures = line["figures"]
+    assert {"embed_vs_sentence_transformers", "ann_speedup_at_recall95", "overhead_vs_faiss"} <= set(figures)
+    assert figures["least_cosine"] > 0.9999

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cosup.data import Passage, Question, read_examples, read_passages, write_records
-from cosup.index import build_index
+from cosup.data import Example, Passage, Question, read_examples, read_passages, write_records
+from cosup.index import FaissIndex, build_index
 from cosup.model import CoSupModel
 
 
@@ -169,15 +169,65 @@ def test_bad_input_is_one_sentence_and_exit_code_2(files: Path, tiny_folder: Pat
     assert not missing.exists()
 
 
-def test_an_empty_corpus_and_an_endless_passage_leave_no_index(files: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_empty_corpus_leaves_no_index_and_an_endless_passage_is_split(
+    files: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty.jsonl").write_text("")
     write_records(tmp_path / "long.jsonl", [Passage("long", "gold " * 600)])
     build = ("index", "build", "--model", tiny_folder, "--out", out, "--passages")
     assert "the corpus is empty" in refuse(*build, tmp_path / "empty.jsonl")
-    assert "passage 'long' has" in refuse(*build, tmp_path / "long.jsonl")
     assert not out.exists()
     assert not list(tmp_path.glob(".out*"))
+    done = run(*build, tmp_path / "long.jsonl")
+    assert "1 passages were longer than the model reads, and were split" in done.stderr
+    assert {p.meta["parent"] for p in FaissIndex(out)} == {"long"}
+
+
+def test_an_index_is_planned_checked_searched_updated_and_emptied(
+    files: Path, tiny_folder: Path, tmp_path: Path, passages: list[Passage]
+) -> None:
+    index, corpus = tmp_path / "planned", files / "passages.jsonl"
+    model = ("--model", tiny_folder)
+    planned = run("index", "build", *model, "--passages", corpus, "--out", index, "--dry-run").stdout
+    assert "12 passages, about" in planned
+    assert not index.exists()
+    run("index", "build", *model, "--passages", corpus, "--out", index, "--dtype", "float16")
+    info = run("index", "info", "--index", index).stdout
+    assert "12 passages, 32 dimensions" in info
+    assert "vectors as float16" in info
+    assert str(corpus) in info
+    checked = run("index", "check", "--index", index, *model).stdout
+    assert "every checksum is right" in checked
+    assert "12 passages embedded again" in checked
+    found = run("index", "search", "iron", "--index", index, *model, "--where", "source=b").stdout
+    assert "p9" in found
+    assert "p3" not in found
+    write_records(corpus, [*passages[1:], Passage("new", "Silver is a metal.")])
+    updated = run("index", "update", "--index", index, *model, "--passages", corpus).stdout
+    assert "1 added, 0 changed, 0 with other meta alone, 1 removed, 11 unchanged; 12 passages" in updated
+    assert "2 removed, 10 left" in run("index", "remove", "--index", index, "new", "p1", "gone").stdout
+    assert "10 passages, kind flat" in run("index", "compact", "--index", index).stdout
+    assert "must be key=value" in refuse("index", "search", "x", "--index", index, *model, "--where", "source")
+    assert "--dtype is 'bf16'" in refuse(
+        "index", "build", *model, "--passages", corpus, "--out", index, "--dtype", "bf16"
+    )
+
+
+def test_negatives_are_mined_for_every_retrieval(
+    files: Path, tiny_folder: Path, tmp_path: Path, examples: list[Example]
+) -> None:
+    write_records(tmp_path / "examples.jsonl", examples)
+    out = tmp_path / "mined.jsonl"
+    said = run("mine", tmp_path / "examples.jsonl", "--model", tiny_folder, "--index", files / "index", "--out", out,
+               "--count", "2", "--margin=-10").stdout  # fmt: skip
+    assert "6 negatives for 3 retrievals, 0 without any" in said
+    mined = list(read_examples(out))
+    assert [example.id for example in mined] == [example.id for example in examples]
+    right = {"p4", "p10", "p3"}
+    for part in mined[1].evidence:
+        assert len(part.negatives) == 2
+        assert not right & set(part.negatives)
 
 
 def test_an_index_of_another_model_is_refused(files: Path, tiny_lm: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import json
 import random
@@ -43,7 +44,7 @@ def test_a_folder_is_read_recursively_in_order_of_names_without_hidden_files(wri
 
 def test_what_is_not_read_in_a_folder_is_told_to_the_caller(write, tmp_path):
     write("docs/a.txt", "Text.")
-    others = [write("docs/b.pdf", "%PDF"), write("docs/c/Makefile", "all:")]
+    others = [write("docs/b.docx", "PK"), write("docs/c/Makefile", "all:")]
     (tmp_path / "docs" / "d.txt").symlink_to(tmp_path / "gone.txt")
     (tmp_path / "docs" / "e").symlink_to(tmp_path / "docs")
     skipped = []
@@ -61,7 +62,7 @@ def test_suffixes_are_known_in_any_case(write):
 
 
 def test_a_named_file_of_another_suffix_is_an_error_that_lists_what_is_read(write):
-    path = write("a.pdf", "%PDF")
+    path = write("a.docx", "PK")
     with pytest.raises(UserError) as error:
         list(ingest([path]))
     assert str(path) in str(error.value)
@@ -69,7 +70,7 @@ def test_a_named_file_of_another_suffix_is_an_error_that_lists_what_is_read(writ
 
 
 def test_missing_paths_and_folders_without_documents_are_errors(write, tmp_path):
-    write("docs/a.pdf", "%PDF")
+    write("docs/a.docx", "PK")
     with pytest.raises(UserError, match=r"there is no file or folder .*none"):
         list(ingest([tmp_path / "none"]))
     with pytest.raises(UserError, match="docs holds no documents: "):
@@ -412,3 +413,70 @@ def test_a_sentence_begins_at_a_word(text):
 )
 def test_sentences_end_where_a_reader_would_end_them(expected):
     assert sentences("".join(expected)) == expected
+
+
+# PDF
+
+
+@pytest.fixture
+def pdf(tmp_path):
+    fpdf = pytest.importorskip("fpdf")
+
+    def write_pdf(name, pages, title="", head="", numbers=False):
+        document = fpdf.FPDF()
+        document.set_title(title) if title else None
+        document.set_font("helvetica", size=11)
+        document.set_creation_date(datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC))
+        for number, text in enumerate(pages, start=1):
+            document.add_page()
+            lines = [head, text, str(number) if numbers else ""]
+            document.multi_cell(0, 6, "\n".join(line for line in lines if line), align="L")
+        path = tmp_path / name
+        document.output(path)
+        return path
+
+    return write_pdf
+
+
+def test_a_pdf_is_read_with_its_pages_and_title(pdf):
+    path = pdf("a.pdf", ["The krone is the money of Norway.", "Oslo is its capital."], title="A Handbook")
+    first, second = ingest([path])
+    assert (first.title, first.text, first.meta["page"]) == ("A Handbook", "The krone is the money of Norway.", 1)
+    assert (second.text, second.meta["page"], second.meta["position"]) == ("Oslo is its capital.", 2, 2)
+
+
+def test_lines_of_a_pdf_are_joined_and_divided_words_too(pdf):
+    text = "The money of Norway is called the krone, which is a word for a cro-\nwn. Its sign is kr."
+    assert _found(pdf("a.pdf", [text])) == [("a", text.replace("-\n", ""))]
+
+
+def test_running_heads_and_page_numbers_of_a_pdf_are_left_out(pdf):
+    pages = [f"Sentence {word} stands on its own page here." for word in ("one", "two", "three", "four", "five")]
+    path = pdf("a.pdf", pages, head="A Handbook, page 7", numbers=True)
+    assert [text for _, text in _found(path)] == pages
+
+
+def test_a_sentence_that_goes_on_over_a_page_stands_whole_on_the_second(pdf):
+    path = pdf("a.pdf", ["It is cold. The krone is the money", "of Norway. It is good."])
+    assert [text for _, text in _found(path)] == ["It is cold.", "The krone is the money of Norway. It is good."]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "can't be read as PDF"), (b"%PDF-1.4 nothing", "can't be read as PDF")]
+)
+def test_a_damaged_pdf_is_named(write, content, message):
+    path = write("a.pdf", content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(ingest([path]))
+    assert str(path) in str(caught.value)
+
+
+def test_a_pdf_without_text_or_with_a_password_is_refused(pdf, tmp_path):
+    with pytest.raises(UserError, match="holds no text, perhaps because it is a scan"):
+        list(ingest([pdf("scan.pdf", [""])]))
+    pypdf = pytest.importorskip("pypdf")
+    writer = pypdf.PdfWriter(clone_from=pdf("a.pdf", ["Secret."]))
+    writer.encrypt("password", algorithm="RC4-128")
+    writer.write(tmp_path / "secret.pdf")
+    with pytest.raises(UserError, match="is encrypted"):
+        list(ingest([tmp_path / "secret.pdf"]))

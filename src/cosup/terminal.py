@@ -1,23 +1,26 @@
 """What a person sees in a terminal: progress, tables, and an answer as it is written."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text as RichText
 
 from cosup.data import Passage
 from cosup.engine import ClaimClosed, ClaimOpened, Event, Finished, Retrieved, Token
 from cosup.evaluate import LABELS, Evaluation, Figure
-from cosup.index import Hit
+from cosup.index import Estimate, FaissIndex, Hit, Index
 from cosup.template import Response
 
+T = TypeVar("T")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -153,12 +156,55 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
     return response
 
 
-def show_hits(hits: Sequence[Hit], passages: Sequence[Passage]) -> None:
-    """Passages found, best first, with their scores."""
+def show_hits(hits: Sequence[Hit], passages: Sequence[Passage], *, query: str = "") -> None:
+    """Passages found, best first, with their scores; the words of the query are highlighted."""
+    words = {word for word in re.findall(r"\w+", query.casefold()) if len(word) > 2}
     for hit, passage in zip(hits, passages, strict=True):
         title, id = escape(harmless(passage.title)), escape(harmless(passage.id))
         out.print(f"[bold cyan]{hit.score:.3f}[/] [bold]{title}[/] [dim]{id}[/]")
-        out.print(harmless(passage.text), markup=False)
+        text = RichText(harmless(passage.text))
+        for word in re.finditer(r"\w+", text.plain):
+            if word[0].casefold() in words:
+                text.stylize("bold yellow", word.start(), word.end())
+        out.print(text)
+
+
+def counted(items: Iterable[T], on_progress: Callable[[int], None]) -> Iterator[T]:
+    """The items as they come, each told to `on_progress`."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        on_progress(done)
+
+
+def show_estimate(estimate: Estimate, workers: int) -> None:
+    """What a build would take."""
+    tokens = "" if estimate.tokens is None else f", about {estimate.tokens:,} tokens"
+    minutes = estimate.seconds / 60
+    out.print(f"{estimate.passages:,} passages{tokens}; kind {estimate.kind}")
+    out.print(f"embedding: about {minutes:,.1f} minutes of one worker like this one; you ask for {workers}")
+    out.print(f"disk while it is built: about {estimate.disk / 1e6:,.1f} MB; free: {estimate.free / 1e6:,.1f} MB")
+
+
+def show_index(index: Index) -> None:
+    """What an index is, and what made it."""
+    out.print(f"{len(index):,} passages, {index.dim} dimensions, inner product")
+    out.print(f"embedder: {index.fingerprint}", soft_wrap=True)
+    if not isinstance(index, FaissIndex):
+        return
+    manifest = index.manifest
+    for key, value in manifest.layout.items():
+        out.print(harmless(f"{key}: {value}"), markup=False, soft_wrap=True)
+    size = sum(file.bytes for file in manifest.files())
+    out.print(
+        f"kind {manifest.kind}, vectors as {manifest.dtype}, {size / 1e6:,.1f} MB in {len(manifest.files())} files"
+    )
+    for entry in manifest.segments:
+        recall = f", effort {entry.effort}: recall@10 {entry.recall:.3f} of its own vectors" if entry.effort else ""
+        out.print(f"  segment of {entry.count:,}{recall}")
+    out.print("history:")
+    for line in index.history():
+        details = ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("time", "what"))
+        out.print(harmless(f"  {line['time']} {line['what']}: {details}"), markup=False, soft_wrap=True)
 
 
 def step(what: str) -> None:

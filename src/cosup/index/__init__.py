@@ -1,8 +1,52 @@
-"""Passages with their vectors in one folder: built, opened, searched."""
+"""Passages with their vectors in one place: built, opened, searched, changed."""
+
+from pathlib import Path
 
 from cosup.index.bm25 import BM25
-from cosup.index.build import build_index
-from cosup.index.flat import FlatIndex
-from cosup.index.protocol import Embedder, Hit, Index
+from cosup.index.build import build_collection, build_index
+from cosup.index.estimate import Estimate, estimate_build
+from cosup.index.folder import FaissIndex
+from cosup.index.mine import Mined, Rules, mine
+from cosup.index.protocol import Embedder, EmbedderFactory, Hit, Index, MeasuringEmbedder
+from cosup.index.sources import Source
+from cosup.index.update import Soundness, Update, check_index, refuse_other, update_index
 
-__all__ = ["BM25", "Embedder", "FlatIndex", "Hit", "Index", "build_index"]
+FlatIndex = FaissIndex
+
+__all__ = [
+    "BM25",
+    "Embedder",
+    "EmbedderFactory",
+    "Estimate",
+    "FaissIndex",
+    "FlatIndex",
+    "Hit",
+    "Index",
+    "MeasuringEmbedder",
+    "Mined",
+    "Rules",
+    "Soundness",
+    "Source",
+    "Update",
+    "build_collection",
+    "build_index",
+    "check_index",
+    "estimate_build",
+    "mine",
+    "open_index",
+    "refuse_other",
+    "update_index",
+]
+
+
+def open_index(place: Path | str) -> Index:
+    """Opens an index: a folder, or `milvus://` with what `cosup.index.milvus.MilvusIndex` understands.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if str(place).startswith("milvus:"):
+        from cosup.index.milvus import MilvusIndex
+
+        return MilvusIndex(str(place))
+    return FaissIndex(place)

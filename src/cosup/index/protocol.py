@@ -1,8 +1,12 @@
-"""What every index does, and what it is handed."""
+"""What every index does, and what it is handed.
 
-from collections.abc import Iterator, Mapping, Sequence
+Shapes here and in the whole package: N passages stored, P passages handed over, Q queries, K hits asked for, D size of
+a vector.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +14,7 @@ import numpy.typing as npt
 from cosup.data import Passage
 
 Vectors = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,16 @@ class Index(Protocol):
         Args:
             queries_QD: float32 [Q, D].
             k: how many.
-            where: values that `meta` must have.
+            where: values that `meta` must have, equal as JSON.
         """
         ...
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
         """The passages with these ids, in this order. Raises KeyError for an id that is not there."""
+        ...
+
+    def vectors(self, ids: Sequence[str]) -> Vectors:
+        """The vectors [P, D] of these passages, in this order. Raises KeyError for an id that is not there."""
         ...
 
     def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
@@ -78,3 +87,26 @@ class Embedder(Protocol):
     def embed_passages(self, passages: Sequence[Passage]) -> Vectors:
         """Vectors [P, D], in order."""
         ...
+
+
+@runtime_checkable
+class MeasuringEmbedder(Embedder, Protocol):
+    """An embedder that knows how long a passage is, so that those too long can be split and not shortened."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that it reads of a passage."""
+        ...
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """What it does with a passage, in words, for the sentence that refuses another one: template, metric."""
+        ...
+
+    def count_tokens(self, passages: Sequence[Passage]) -> list[int]:
+        """How many tokens each passage has."""
+        ...
+
+
+EmbedderFactory = Callable[[int], Embedder]
+"""Makes the embedder of the worker with this number; picklable, so that worker processes can be handed it."""

@@ -1,4 +1,4 @@
-"""Ingests documents: text, Markdown, HTML and JSON Lines files become passages short enough to embed and to cite."""
+"""Ingests documents: text, Markdown, HTML, PDF and JSON Lines become passages short enough to embed and to cite."""
 
 import gzip
 import hashlib
@@ -18,12 +18,13 @@ from cosup.config import UserError
 from cosup.data.documents.blocks import BLANK_LINES, Block, read_plain
 from cosup.data.documents.html import read_html
 from cosup.data.documents.markdown import read_markdown
+from cosup.data.documents.pdf import read_pdf
 from cosup.data.documents.sentences import sentences
 from cosup.data.records import Passage
 
 __all__ = ["SUFFIXES", "ingest", "sentences"]
 
-SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf", ".jsonl", ".jsonl.gz")
 """The names of files that are read end in one of these."""
 
 
@@ -52,11 +53,13 @@ def ingest(
 
     Yields:
         The passages, file by file. `meta` holds `source`, the path as given, and `position`, from 1 within the file;
-        and for JSONL the line's other keys, which win over these two. Empty files and blank lines yield nothing.
+        for PDF `page`, from 1; and for JSONL the line's other keys, which win over these two. Empty files and blank
+        lines yield nothing.
 
     Raises:
-        UserError: a path that is missing or has another suffix, a folder without documents, a file that is not UTF-8
-            or not the JSON Lines it says it is, an `id` that occurs twice, or `max_words` below 1.
+        UserError: a path that is missing or has another suffix, a folder without documents, a PDF that is damaged,
+            encrypted or a scan without text, a file that is not UTF-8 or not the JSON Lines it says it is, an `id` that
+            occurs twice, or `max_words` below 1.
     """
     if max_words < 1:
         raise UserError(f"max_words is {max_words}, and must be 1 or more; 120 suits most documents")
@@ -146,11 +149,21 @@ def _pieces_of(path: Path, max_words: int) -> Iterator[_Piece]:
         for record in _records(path):
             yield from _pieces_of_record(record, max_words)
         return
+    if _suffix(path) == ".pdf":
+        yield from _pieces_of_pdf(path, max_words)
+        return
     with _explained(path):
         text = _decoded(path.read_bytes(), str(path))
     for title, section in _sections(_READERS[_suffix(path)](text), path.stem):
         for part in _packed(section, max_words):
             yield _Piece(part, title)
+
+
+def _pieces_of_pdf(path: Path, max_words: int) -> Iterator[_Piece]:
+    title, pages = read_pdf(path)
+    for number, page in enumerate(pages, start=1):
+        for part in _packed(page, max_words):
+            yield _Piece(part, title or path.stem, meta={"page": number})
 
 
 def _sections(blocks: Iterable[Block], name: str) -> Iterator[tuple[str, str]]:

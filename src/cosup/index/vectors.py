@@ -1,0 +1,123 @@
+"""Vectors on disk, as fp32, fp16 or int8, and exact scores against them.
+
+int8: each vector is scaled so that its largest component is 127; the scales lie in a file of their own.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from cosup.files import atomic_file
+from cosup.index.manifest import Dtype, damaged
+from cosup.index.mapped import MappedFile
+from cosup.index.protocol import Rows, Vectors
+
+_BLOCK = 1 << 16  # rows decoded at a time
+Stored = npt.NDArray[Any]
+
+
+def encode(vectors_PD: Vectors, dtype: Dtype) -> tuple[Stored, Vectors | None]:
+    """Vectors as they are stored, and for int8 the scale of each."""
+    if dtype != "int8":
+        return vectors_PD.astype(dtype, copy=False), None
+    scales_P = np.abs(vectors_PD).max(axis=1, initial=0).astype(np.float32) / 127
+    safe_P = np.where(scales_P == 0, 1, scales_P)
+    return np.rint(vectors_PD / safe_P[:, None]).astype(np.int8), scales_P
+
+
+def decode(stored_PD: Stored, scales_P: Vectors | None) -> Vectors:
+    """The inverse of `encode`, as far as the type allows: float32 [P, D]."""
+    vectors_PD: Vectors = stored_PD.astype(np.float32, copy=False)
+    return vectors_PD if scales_P is None else vectors_PD * scales_P[:, None]
+
+
+def write_array(path: Path, blocks: Iterable[Stored], *, count: int) -> None:
+    """Writes blocks of rows, [P, D] or [P], as one `.npy` file of `count` rows without holding them all."""
+    stream = iter(blocks)
+    first = next(stream)
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
+    with atomic_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (count, *first.shape[1:])})
+        written = 0
+        for block in _chain(first, stream):
+            file.write(np.ascontiguousarray(block).data)
+            written += len(block)
+    assert written == count
+
+
+def _chain(first: Stored, rest: Iterator[Stored]) -> Iterator[Stored]:
+    yield first
+    yield from rest
+
+
+class VectorFile:
+    """The vectors of a segment, mapped.
+
+    Args:
+        file: the `.npy` file.
+        scales: of int8 vectors.
+        shape: what [N, D] must be.
+
+    Raises:
+        UserError: it is another array than the manifest says.
+    """
+
+    def __init__(self, file: MappedFile, scales: MappedFile | None, *, shape: tuple[int, int]):
+        self._stored_ND = file.array()
+        self._scales_N = None if scales is None else scales.array()
+        if self._stored_ND.shape != shape or (self._scales_N is not None and self._scales_N.shape != shape[:1]):
+            raise damaged(file.path)
+
+    def __len__(self) -> int:
+        return len(self._stored_ND)
+
+    def rows(self, rows_P: Rows) -> Vectors:
+        """The vectors [P, D] of some rows."""
+        return decode(self._stored_ND[rows_P], None if self._scales_N is None else self._scales_N[rows_P])
+
+    def stored(self, rows_P: Rows) -> tuple[Stored, Vectors | None]:
+        """Some rows as they are stored, and for int8 their scales."""
+        return self._stored_ND[rows_P], None if self._scales_N is None else self._scales_N[rows_P]
+
+    def blocks(self, rows_P: Rows | None = None) -> Iterator[tuple[Rows | None, Vectors]]:
+        """All vectors, or those of some rows, a block at a time, with their rows; fp32 in one mapped block."""
+        if rows_P is None and self._stored_ND.dtype == np.float32:
+            yield None, self._stored_ND
+            return
+        every_N = np.arange(len(self)) if rows_P is None else rows_P
+        for start in range(0, len(every_N), _BLOCK):
+            some = every_N[start : start + _BLOCK]
+            yield some, self.rows(some)
+
+    def nearest(self, queries_QD: Vectors, k: int, rows_P: Rows | None = None) -> tuple[Vectors, Rows]:
+        """The k best rows of each query, exactly.
+
+        Args:
+            queries_QD: float32 [Q, D], contiguous.
+            k: how many.
+            rows_P: search only these.
+
+        Returns:
+            Scores and rows, each [Q, min(k, rows)], best first.
+        """
+        scores_QK = np.empty((len(queries_QD), 0), np.float32)
+        found_QK = np.empty((len(queries_QD), 0), np.int64)
+        for rows, vectors in self.blocks(rows_P):
+            wanted = min(k, len(vectors))
+            scores, places = faiss.knn(queries_QD, vectors, wanted, metric=faiss.METRIC_INNER_PRODUCT)
+            found = places if rows is None else rows[places]
+            if not scores_QK.shape[1]:
+                scores_QK, found_QK = scores, found
+                continue
+            scores_QK, found_QK = best(np.hstack([scores_QK, scores]), np.hstack([found_QK, found]), k)
+        return scores_QK, found_QK
+
+
+def best(scores_QK: Vectors, rows_QK: Rows, k: int) -> tuple[Vectors, Rows]:
+    """The k best columns of each row, best first; equal scores by row number."""
+    order = np.lexsort((rows_QK, -scores_QK), axis=1)[:, :k]
+    return np.take_along_axis(scores_QK, order, 1), np.take_along_axis(rows_QK, order, 1)
