@@ -214,34 +214,57 @@ def data_check(files: Annotated[list[Path], typer.Argument(help="JSONL of passag
 
 @data_app.command("convert")
 def data_convert(
-    questions: Annotated[Path, typer.Argument(help="JSONL of questions, or SQuAD 1.1 JSON.")],
-    passages: Annotated[
-        Path,
-        typer.Option(
-            "--passages", help="JSONL of the passages; of SQuAD, which holds them itself, they are written there."
-        ),
+    questions: Annotated[
+        Path, typer.Argument(help="Questions: JSONL of ours, SQuAD, KILT, ALCE, HotpotQA, FEVER; or training data.")
     ],
-    out: Annotated[Path, typer.Option(help="JSONL of examples to write.")],
+    passages: Annotated[
+        Path, typer.Option("--passages", help="JSONL of passages; a format that holds them has them written there.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL to write.")],
+    to: Annotated[str, typer.Option("--to", help="What to make: examples or questions.")] = "examples",
+    texts: Annotated[Path | None, typer.Option(help="The JSON of passages that the paper's pickle refers to.")] = None,
 ) -> None:
-    """Make training examples of questions by each task's rule."""
+    """Make training examples of questions by each task's rule, or questions of another format."""
     from collections import Counter
 
-    from cosup.data import read_passages, read_questions, write_records
+    from cosup.data import read_passages, write_records
     from cosup.data.convert import convert
-    from cosup.data.squad import is_squad, read_squad
+    from cosup.data.formats import read_any
 
-    if is_squad(questions):
-        if passages.exists():
-            raise UserError(f"{passages} exists: the passages of {questions} would replace it; name another file")
-        corpus, asked = read_squad(questions)
-        write_records(passages, corpus)
-    else:
-        corpus, asked = list(read_passages(passages)), list(read_questions(questions))
+    if to not in ("examples", "questions"):
+        raise UserError(f"--to must be examples or questions, not {to!r}")
+    read = read_any(questions, texts=texts)
+    if read.passages and passages.exists():
+        raise UserError(f"{passages} exists: the passages of {questions} would replace it; name another file")
+    if read.passages:
+        write_records(passages, read.passages)
+    if to == "questions" or read.examples:
+        if to == "questions" and read.examples:
+            raise UserError(f"{questions} holds training data, not questions; leave --to out")
+        print(f"{write_records(out, read.examples or read.questions):,} {to} in {out}")
+        return
+    corpus = read.passages or list(read_passages(passages))
     titles = {passage.id: passage.title for passage in corpus}
     left_out: Counter[str] = Counter()
-    count = write_records(out, convert(asked, passages=titles, titles=titles, left_out=left_out))
+    count = write_records(out, convert(read.questions, passages=titles, titles=titles, left_out=left_out))
     reasons = "".join(f"; {n:,} left out: {reason}" for reason, n in left_out.items())
     print(f"{count:,} examples in {out}{reasons}")
+
+
+@data_app.command("pages")
+def data_pages(
+    pages: Annotated[Path, typer.Argument(help="KILT's knowledge source, or a file of FEVER's Wikipedia pages.")],
+    out: Annotated[Path, typer.Option(help="JSONL of passages to write.")],
+) -> None:
+    """Turn the pages that KILT and FEVER point into into passages."""
+    from cosup.data import write_records
+    from cosup.data.fever import read_fever_pages
+    from cosup.data.foreign import first_json_line
+    from cosup.data.kilt import read_kilt_pages
+
+    first = first_json_line(pages)
+    reader = read_fever_pages if isinstance(first, dict) and "lines" in first else read_kilt_pages
+    print(f"{write_records(out, reader(pages)):,} passages in {out}")
 
 
 @data_app.command("build")

@@ -1,11 +1,12 @@
-"""Pure metric functions: answers against references, rankings against gold passages. Every score is in [0, 1]."""
+"""Answers against references. Every score is in [0, 1]."""
 
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_WORD = re.compile(r"[a-z0-9]+")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -75,73 +76,74 @@ def token_f1(text: str, answers: Iterable[str]) -> float:
     return max((_f1(prediction, Counter(answer.split())) for answer in _normalized(answers)), default=0.0)
 
 
-def success_at(ranked: Sequence[str], gold: Collection[str], *, k: int) -> float:
-    """1.0 if any of the first k ids is gold, else 0.0.
+def rouge_l(text: str, references: Iterable[str]) -> float:
+    """The best ROUGE-L F1 between a prediction and any reference: the longest common subsequence of their words.
+
+    Words are runs of the letters a to z and of digits, lower-cased, as in the package rouge-score without its stemmer.
 
     Args:
-        ranked: ids, best first, each once; may be shorter than k, or empty.
-        gold: ids that count as right; at least one.
-        k: how many of the first ids are looked at, from 1.
+        text: the prediction.
+        references: 0.0 where there are none.
 
     Returns:
-        1.0 or 0.0.
-
-    Raises:
-        ValueError: no gold, or k below 1.
+        The harmonic mean of the subsequence's share of the prediction and of the reference.
 
     Source:
-        trec_eval, `success`.
+        Lin, ROUGE (2004).
     """
-    return float(_hits(ranked, gold, k) > 0)
+    prediction = _words(text)
+    return max((_rouge_l(prediction, _words(reference)) for reference in references), default=0.0)
 
 
-def recall_at(ranked: Sequence[str], gold: Collection[str], *, k: int) -> float:
-    """The share of the gold ids that are among the first k; see `success_at` for arguments and errors.
-
-    Source:
-        trec_eval, `recall`.
-    """
-    return _hits(ranked, gold, k) / len(set(gold))
-
-
-def precision_at(ranked: Sequence[str], gold: Collection[str], *, k: int) -> float:
-    """The share of gold among the first k places; see `success_at` for arguments and errors.
-
-    A ranking shorter than k is divided by k all the same.
-
-    Source:
-        trec_eval, `P`.
-    """
-    return _hits(ranked, gold, k) / k
-
-
-def reciprocal_rank(ranked: Sequence[str], gold: Collection[str]) -> float:
-    """One over the rank, from 1, of the first gold id; 0.0 where none is ranked.
+def string_em(text: str, readings: Iterable[Iterable[str]]) -> float:
+    """The share of the readings of an ambiguous question of which a short answer stands in a text.
 
     Args:
-        ranked: ids, best first, each once; may be empty.
-        gold: ids that count as right; at least one.
+        text: the whole answer.
+        readings: the short answers of each reading; 0.0 where there are none.
 
     Returns:
-        A value in [0, 1].
-
-    Raises:
-        ValueError: no gold.
+        A value in [0, 1]. As in the source an answer is found inside of words too; an empty one is never found.
 
     Source:
-        trec_eval, `recip_rank`.
+        STR-EM of ALCE (Gao et al., EMNLP 2023); its STR-EM-hit is 1.0 where this is 1.0.
     """
-    right = _distinct(gold)
-    return next((1.0 / rank for rank, id in enumerate(ranked, start=1) if id in right), 0.0)
+    normalized = normalize_answer(text)
+    found = [any(answer in normalized for answer in _normalized(answers)) for answers in readings]
+    return sum(found) / len(found) if found else 0.0
 
 
-def r_precision(ranked: Sequence[str], gold: Collection[str]) -> float:
-    """The share of gold among the first R places, R being the number of gold ids; see `reciprocal_rank`.
+def verdict(text: str, labels: Iterable[str]) -> str:
+    """The one label that stands in a text as whole words; empty where none does, or more than one.
 
-    Source:
-        trec_eval, `Rprec`; the retrieval metric of KILT (Petroni et al., NAACL 2021).
+    Args:
+        text: a claim, such as `188, so true`.
+        labels: what could be said, such as SUPPORTS and REFUTES; case and punctuation don't matter.
     """
-    return precision_at(ranked, gold, k=len(_distinct(gold)))
+    said = [label for label in labels if answer_in(text, [label])]
+    return said[0] if len(said) == 1 else ""
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _rouge_l(prediction: Sequence[str], reference: Sequence[str]) -> float:
+    common = _common_subsequence(prediction, reference)
+    return 2 * common / (len(prediction) + len(reference)) if common else 0.0
+
+
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence: one big-integer step for each word of b (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for place, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << place
+    full = (1 << len(a)) - 1
+    row = full
+    for word in b:
+        matched = row & places.get(word, 0)
+        row = (row + matched | row - matched) & full
+    return len(a) - row.bit_count()
 
 
 def _normalized(answers: Iterable[str]) -> list[str]:
@@ -150,15 +152,3 @@ def _normalized(answers: Iterable[str]) -> list[str]:
 
 def _f1(prediction: Counter[str], answer: Counter[str]) -> float:
     return 2 * (prediction & answer).total() / (prediction.total() + answer.total())
-
-
-def _hits(ranked: Sequence[str], gold: Collection[str], k: int) -> int:
-    if k < 1:
-        raise ValueError(f"k is {k}, and must be 1 or more")
-    return len(_distinct(gold).intersection(ranked[:k]))
-
-
-def _distinct(gold: Collection[str]) -> set[str]:
-    if not gold:
-        raise ValueError("there is no gold id, so that no ranking can be right or wrong; leave such questions out")
-    return set(gold)
