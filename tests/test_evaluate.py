@@ -6,7 +6,7 @@ import pytest
 from cosup.config import UserError
 from cosup.data import Passage, Question
 from cosup.engine import Options
-from cosup.evaluate import LABELS, Figure, evaluate_model, ntp_loss
+from cosup.evaluate import LABELS, Evaluation, Figure, evaluate_model, ntp_loss
 from cosup.index import FlatIndex, build_index
 from cosup.model import CoSupModel
 
@@ -21,17 +21,19 @@ def test_every_figure_has_its_count_and_equals_the_mean_of_its_items(
 ) -> None:
     asked = [*questions, Question("q4", "squad", "no gold?", answers=["Oslo"]), Question("q5", "wow", "x", gold=["p2"])]
     evaluation = evaluate_model(tiny, index, asked, options=Options(max_new_tokens=6))
-    assert list(evaluation.figures) == list(LABELS)
+    assert list(evaluation.figures)[: len(LABELS)] == list(LABELS)
     assert evaluation.figures["forced_success@1"].count == 5
     assert evaluation.figures["answer_accuracy"].count == 5
     assert evaluation.figures["cites"].count == 6
     for name, figure in evaluation.figures.items():
-        values = [item[name] for item in evaluation.items if name in item]
-        if name not in ("ntp", "claim_words"):
+        values = [item["scores"][name] for item in evaluation.items if name in item["scores"]]
+        if name not in ("ntp", "claim_words", "reduction_rate"):
             assert figure == Figure(pytest.approx(sum(values) / len(values)), len(values))
     evaluation.save(tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert saved["bm25_success@1"] == {"value": evaluation.figures["bm25_success@1"].value, "count": 5}
+    assert saved["bm25_success@1"]["value"] == evaluation.figures["bm25_success@1"].value
+    assert saved["bm25_success@1"]["count"] == 5
+    assert Evaluation.load(tmp_path / "out") == evaluation
     assert len((tmp_path / "out" / "items.jsonl").read_text().splitlines()) == 6
 
 
@@ -41,7 +43,7 @@ def test_forced_retrieval_is_what_the_engine_retrieves_first(
     evaluation = evaluate_model(tiny, index, questions, options=Options(max_new_tokens=4, retrieve_first=True))
     for item in evaluation.items:
         assert item["retrieved"][0] == item["forced"]
-        assert item["cites"] == 1.0
+        assert item["scores"]["cites"] == 1.0
 
 
 def test_no_retrieval_counts_as_wrong_in_free_success(
@@ -64,7 +66,7 @@ def test_ntp_loss_does_not_depend_on_batching(
 ) -> None:
     rows = [tiny.template.render(example, {p.id: p for p in passages}) for example in examples]
     together = ntp_loss(tiny, rows)
-    monkeypatch.setattr("cosup.evaluate._TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr("cosup.evaluate.model._TOKENS_PER_BATCH", 1)
     alone = ntp_loss(tiny, rows)
     assert alone.count == together.count
     assert alone.value == pytest.approx(together.value, rel=1e-6)

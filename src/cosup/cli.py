@@ -172,31 +172,86 @@ def generate(
 def evaluate(
     model: ModelOption,
     index: IndexOption,
-    questions: Annotated[Path, typer.Option("--questions", help="JSONL of questions.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for figures.json and items.jsonl; evaluations/<name> of the run without it."),
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", "--questions", help="Files of questions, in any known format, or names in --data."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder of data sets that --tasks names.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, which goes on where it stopped; evaluations/ of the model without.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="cosup, static, none or bm25.")] = "cosup",
+    whole_corpus: Annotated[
+        bool, typer.Option("--whole-corpus", help="Retrieve from all passages, also where questions bring their own.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions of each.")] = None,
     max_new_tokens: NewTokensOption = 64,
+    nli: Annotated[str, typer.Option(help="An NLI model, for citation recall and precision; not run without.")] = "",
+    mauve: Annotated[str, typer.Option(help="A causal LM, for MAUVE; not run without.")] = "",
+    name: Annotated[
+        str, typer.Option(help="The condition; runs of several seeds share it. The folder's without.")
+    ] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run folder first.")] = False,
 ) -> None:
-    """Measure retrieval (forced and free, BM25's beside them), answers, form, and the ntp loss."""
+    """Measure retrieval (forced and free, BM25's beside them), answers, grounding, form, and the ntp loss."""
     from cosup import terminal
-    from cosup.data import read_questions
     from cosup.engine import Options
-    from cosup.evaluate import evaluate_model
+    from cosup.evaluate import HuggingFaceNli, RunSettings, evaluate_tasks, read_tasks, remove_run
     from cosup.index import FlatIndex
     from cosup.model import CoSupModel
 
-    asked = list(read_questions(questions))[:limit]
-    place = out or model / "evaluations" / questions.name.split(".")[0]
+    options = Options(max_new_tokens=max_new_tokens)
+    settings = RunSettings(mode, not whole_corpus, options, name=name, mauve_model=mauve)  # type: ignore[arg-type]
+    asked = read_tasks(tasks or [], data=data, limit=limit)
+    place = out or model / "evaluations"
+    if fresh:
+        remove_run(place)
+    judge = HuggingFaceNli(nli) if nli else None
     opened, loaded = FlatIndex(index), CoSupModel.load(model)
-    with terminal.counting("asking", len(asked), unit="questions") as on_progress:
-        options = Options(max_new_tokens=max_new_tokens)
-        evaluation = evaluate_model(loaded, opened, asked, options=options, on_progress=on_progress)
-    evaluation.save(place)
-    terminal.show_figures({str(model): evaluation})
-    terminal.out.print(f"saved: {place}", soft_wrap=True)
+    evaluations = evaluate_tasks(
+        loaded,
+        opened,
+        asked,
+        place,
+        settings=settings,
+        source=model,
+        nli=judge,
+        counter=lambda what, total, unit: terminal.counting(what, total, unit=unit),
+    )
+    for task, evaluation in evaluations.items():
+        terminal.show_figures({task: evaluation})
+    terminal.out.print(f"saved: {place}; `cosup report {place}` shows all figures", soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of `cosup evaluate`; the first is compared with.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
+) -> None:
+    """Compare evaluation runs: tables, pictures, and the questions side by side."""
+    from cosup.report import write_report
+
+    write_report(runs, out)
+    print(f"saved: {out}/report.md, {out}/report.html")
+
+
+@app.command()
+def analyze(
+    models: Annotated[list[Path], typer.Argument(help="Model folders or checkpoints, in the order of training.")],
+    passages: Annotated[list[Path], typer.Option("--passages", help="JSONL of passages; may be repeated.")],
+    questions: Annotated[Path, typer.Option("--questions", help="JSONL of questions with gold passages.")],
+    out: Annotated[Path, typer.Option(help="Folder for spaces.json, spaces.md and spaces.png.")],
+    most: Annotated[int, typer.Option(min=10, help="Most passages, questions and token states that are taken.")] = 2000,
+) -> None:
+    """Look at the sequence space and the token space of a model, checkpoint by checkpoint."""
+    from cosup import terminal
+    from cosup.analyze import analyze_models
+    from cosup.data import read_passages, read_questions
+
+    corpus, asked = list(read_passages(*passages)), list(read_questions(questions))
+    with terminal.counting("looking at", len(models), unit="models") as on_progress:
+        analyze_models(models, corpus, asked, out, most=most, on_progress=on_progress)
+    print(f"saved: {out}/spaces.json, {out}/spaces.md, {out}/spaces.png")
 
 
 @data_app.command("check")

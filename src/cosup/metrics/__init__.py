@@ -3,6 +3,7 @@
 from cosup.metrics.answers import (
     answer_in,
     exact_match,
+    found_in,
     normalize_answer,
     rouge_l,
     string_em,
@@ -26,7 +27,7 @@ from cosup.metrics.rankings import (
     reciprocal_rank,
     success_at,
 )
-from cosup.metrics.statistics import Difference, bootstrap_intervals, paired_difference
+from cosup.metrics.statistics import Difference, bootstrap_intervals, bootstrap_reduction, paired_difference
 
 __all__ = [
     "CitationScores",
@@ -36,11 +37,13 @@ __all__ = [
     "answer_in",
     "best_r_precision",
     "bootstrap_intervals",
+    "bootstrap_reduction",
     "citation_pairs",
     "citation_scores",
     "claim_recall",
     "exact_match",
     "first_of_each",
+    "found_in",
     "normalize_answer",
     "paired_difference",
     "precision_at",

@@ -38,8 +38,13 @@ def answer_in(text: str, answers: Iterable[str]) -> bool:
     Returns:
         Whether one of them was found; False without answers.
     """
-    padded = f" {normalize_answer(text)} "
-    return any(f" {answer} " in padded for answer in _normalized(answers))
+    return found_in(normalize_answer(text), _normalized(answers))
+
+
+def found_in(normalized: str, answers: Iterable[str]) -> bool:
+    """As `answer_in` for texts that `normalize_answer` has normalised already; answers must not be empty."""
+    padded = f" {normalized} "
+    return any(f" {answer} " in padded for answer in answers)
 
 
 def exact_match(text: str, answers: Iterable[str]) -> float:

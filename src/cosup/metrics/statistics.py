@@ -49,6 +49,30 @@ def bootstrap_intervals(values_QM: Values, *, resamples: int = _RESAMPLES, seed:
     return bounds_M2
 
 
+def bootstrap_reduction(
+    whole_Q: Values, part_Q: Values, *, resamples: int = _RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of 1 - mean(part) / mean(whole), both resampled with the same questions.
+
+    Args:
+        whole_Q, part_Q: float64, of the same questions.
+        resamples: how often; draws in which the whole is 0 are left out.
+        seed: of the drawing.
+
+    Returns:
+        The 2.5th and the 97.5th percentile; NaN where every draw of the whole is 0.
+    """
+    questions = len(whole_Q)
+    rng = np.random.default_rng(seed)
+    rates = []
+    for _ in range(resamples if questions else 0):
+        rows = rng.integers(questions, size=questions)
+        if whole := whole_Q[rows].sum():
+            rates.append(1.0 - part_Q[rows].sum() / whole)
+    low, high = np.percentile(rates, [2.5, 97.5]) if rates else (np.nan, np.nan)
+    return float(low), float(high)
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Of two conditions on the same questions.
