@@ -64,11 +64,13 @@ def _reduction(conditions: Sequence[Condition], tasks: Sequence[str]) -> Picture
             x = place + (number - (len(conditions) - 1) / 2) * width
             label = condition.name if place == 0 else None
             axes.bar(x, figure.value, width * 0.9, color=_COLOURS[number % len(_COLOURS)], label=label)
+            top = max(figure.value, figure.high or 0.0)
+            axes.text(x, top + 0.02, f"{figure.value:.2f}", ha="center", fontsize=8)
             if figure.low is not None and figure.high is not None:
                 axes.plot([x, x], [figure.low, figure.high], color="#222", linewidth=1)
     axes.set_xticks(range(len(shown)), [_title(task) for task in shown])
     axes.set_ylabel("reduction rate")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.1)
     _legend(axes, len(conditions))
     caption = (
         "How much of the answer presence is lost when answers that stand in no passage that was read count as wrong; "
