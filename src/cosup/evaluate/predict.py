@@ -10,7 +10,7 @@ from cosup.config import UserError
 from cosup.data import Question
 from cosup.engine import Engine, Finished, Options
 from cosup.evaluate.judge import DEPTH, Prediction
-from cosup.evaluate.retrieval import QUESTION, QuestionIndex, bm25_rankings
+from cosup.evaluate.retrieval import QUESTION, QuestionIndex, bm25_rankings, refuse_unknown_candidates
 from cosup.index import Index
 from cosup.model import CoSupModel
 
@@ -50,6 +50,7 @@ class Asker:
         if bm25:
             self._options = replace(self._options, mode="static")
         self._model, own = model, own or {}
+        refuse_unknown_candidates(index, own)
         self._bm25 = bm25_rankings(questions, list(index), k=DEPTH, candidates=own)
         self._per_question = {question.id for question in questions if bm25 or question.id in own}
         self._index = QuestionIndex(index, candidates=own, rankings=self._bm25 if bm25 else None)

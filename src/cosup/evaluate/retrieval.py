@@ -37,8 +37,7 @@ class QuestionIndex:
     ):
         self._index, self._candidates, self._rankings = index, candidates or {}, rankings or {}
         self.fingerprint, self.dim = index.fingerprint, index.dim
-        for question, ids in self._candidates.items():
-            _refuse_unknown(index, question, ids)
+        refuse_unknown_candidates(index, self._candidates)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -104,11 +103,13 @@ def _nearest(index: Index, queries_QD: Vectors, ids: Sequence[str], k: int) -> l
     ]
 
 
-def _refuse_unknown(index: Index, question: str, ids: Sequence[str]) -> None:
-    try:
-        index.get(ids)
-    except KeyError as e:
-        raise UserError(
-            f"question {question!r} may choose from passage {e.args[0]!r}, which the index does not hold; index the "
-            "passages that come with the questions, or evaluate over the whole corpus"
-        ) from None
+def refuse_unknown_candidates(index: Index, candidates: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError if a question may choose from a passage that the index does not hold."""
+    for question, ids in candidates.items():
+        try:
+            index.get(ids)
+        except KeyError as e:
+            raise UserError(
+                f"question {question!r} may choose from passage {e.args[0]!r}, which the index does not hold; index "
+                "the passages that come with the questions, or evaluate over the whole corpus"
+            ) from None

@@ -84,12 +84,12 @@ def nearest(queries_QD: Vectors, vectors_ND: Vectors, k: int) -> Rows:
 
 
 def drift(before_ND: Vectors, after_ND: Vectors) -> float:
-    """Mean cosine distance between each vector before and after, in [0, 2].
+    """Mean cosine distance between each vector before and after, in [0, 2]; one that stays zero has not moved.
 
     Args:
         before_ND, after_ND: the same things in the same order.
     """
-    return float(1.0 - (unit(before_ND) * unit(after_ND)).sum(axis=1).mean())
+    return 0.5 * alignment(before_ND, after_ND)
 
 
 def drift_up_to_rotation(before_ND: Vectors, after_ND: Vectors) -> float:
