@@ -12,7 +12,7 @@ from cosup.evaluate import HEADLINES, label_of
 from cosup.report.load import Condition
 from cosup.report.tables import headline
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cosup",
     "font.size": 10,
@@ -54,7 +54,7 @@ def _reduction(conditions: Sequence[Condition], tasks: Sequence[str]) -> Picture
     shown = [task for task in tasks if any(_value(c, task, "reduction_rate") is not None for c in conditions)]
     if not shown:
         return Picture(title, "No data set of these runs has short answers that could stand in a passage.", "")
-    plot, axes = _canvas(max(5.0, 1.2 + 0.5 * len(shown) * (len(conditions) + 1)))
+    plot, axes = _canvas(max(8.4, 1.2 + 0.5 * len(shown) * (len(conditions) + 1)))
     width = 0.8 / len(conditions)
     for number, condition in enumerate(conditions):
         for place, task in enumerate(shown):
