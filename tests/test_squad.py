@@ -64,7 +64,7 @@ def test_a_paragraph_that_occurs_twice_is_one_passage(tmp_path):
     [
         ({"id": "q", "question": "Where?"}, r"data\[0\].paragraphs\[0\].qas\[1\].answers is missing"),
         ({**_qa(), "answers": "Paris"}, r"qas\[1\].answers is 'Paris', but the input should be a valid array"),
-        ({**_qa(), "answers": []}, r"qas\[1\].answers is empty; .* SQuAD v2"),
+        ({**_qa(), "answers": []}, r"qas\[1\]: answers is empty, and is_impossible does not say"),
         ({**_qa(), "answers": [{"text": 5}]}, r"qas\[1\].answers\[0\].text is 5, but .* valid string"),
         ({**_qa(), "question": "  "}, r"qas\[1\].question is '  ', but .* at least 1 character"),
         ({**_qa(), "id": None}, r"qas\[1\].id is None, but .* valid string"),
@@ -85,7 +85,7 @@ def test_a_question_id_that_repeats_is_an_error(tmp_path):
 def test_a_damaged_missing_or_unreadable_file_is_a_user_error(tmp_path):
     cut = tmp_path / "cut.json"
     cut.write_text('{"data": [{"title": ')
-    with pytest.raises(UserError, match=r"not SQuAD v1\.1 JSON: Invalid JSON.*download it again"):
+    with pytest.raises(UserError, match=r"not SQuAD JSON: Invalid JSON.*download it again"):
         read_squad(cut)
     with pytest.raises(UserError, match="there is no file"):
         read_squad(tmp_path / "none.json")

@@ -438,31 +438,86 @@ def generate(
 def evaluate(
     model: ModelOption,
     index: IndexOption,
-    questions: Annotated[Path, typer.Option("--questions", help="JSONL of questions.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for figures.json and items.jsonl; evaluations/<name> of the run without it."),
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", "--questions", help="Files of questions, in any known format, or names in --data."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder of data sets that --tasks names.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, which goes on where it stopped; evaluations/ of the model without.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="cosup, static, none or bm25.")] = "cosup",
+    whole_corpus: Annotated[
+        bool, typer.Option("--whole-corpus", help="Retrieve from all passages, also where questions bring their own.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions of each.")] = None,
     max_new_tokens: NewTokensOption = 64,
+    nli: Annotated[str, typer.Option(help="An NLI model, for citation recall and precision; not run without.")] = "",
+    mauve: Annotated[str, typer.Option(help="A causal LM, for MAUVE; not run without.")] = "",
+    name: Annotated[
+        str, typer.Option(help="The condition; runs of several seeds share it. The folder's without.")
+    ] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run folder first.")] = False,
 ) -> None:
-    """Measure retrieval (forced and free, BM25's beside them), answers, form, and the ntp loss."""
+    """Measure retrieval (forced and free, BM25's beside them), answers, grounding, form, and the ntp loss."""
     from cosup import terminal
-    from cosup.data import read_questions
     from cosup.engine import Options
-    from cosup.evaluate import evaluate_model
+    from cosup.evaluate import HuggingFaceNli, RunSettings, evaluate_tasks, read_tasks, remove_run
     from cosup.index import open_index
     from cosup.model import CoSupModel
 
-    asked = list(read_questions(questions))[:limit]
-    place = out or model / "evaluations" / questions.name.split(".")[0]
+    options = Options(max_new_tokens=max_new_tokens)
+    settings = RunSettings(mode, not whole_corpus, options, name=name, mauve_model=mauve)  # type: ignore[arg-type]
+    asked = read_tasks(tasks or [], data=data, limit=limit)
+    place = out or model / "evaluations"
+    if fresh:
+        remove_run(place)
+    judge = HuggingFaceNli(nli) if nli else None
     opened, loaded = open_index(index), CoSupModel.load(model)
-    with terminal.counting("asking", len(asked), unit="questions") as on_progress:
-        options = Options(max_new_tokens=max_new_tokens)
-        evaluation = evaluate_model(loaded, opened, asked, options=options, on_progress=on_progress)
-    evaluation.save(place)
-    terminal.show_figures({str(model): evaluation})
-    terminal.out.print(f"saved: {place}", soft_wrap=True)
+    evaluations = evaluate_tasks(
+        loaded,
+        opened,
+        asked,
+        place,
+        settings=settings,
+        source=model,
+        nli=judge,
+        counter=lambda what, total, unit: terminal.counting(what, total, unit=unit),
+    )
+    for task, evaluation in evaluations.items():
+        terminal.show_figures({task: evaluation})
+    terminal.out.print(f"saved: {place}; `cosup report {place}` shows all figures", soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of `cosup evaluate`; the first is compared with.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
+) -> None:
+    """Compare evaluation runs: tables, pictures, and the questions side by side."""
+    from cosup.report import write_report
+
+    write_report(runs, out)
+    print(f"saved: {out}/report.md, {out}/report.html")
+
+
+@app.command()
+def analyze(
+    models: Annotated[list[Path], typer.Argument(help="Model folders or checkpoints, in the order of training.")],
+    passages: Annotated[list[Path], typer.Option("--passages", help="JSONL of passages; may be repeated.")],
+    questions: Annotated[Path, typer.Option("--questions", help="JSONL of questions with gold passages.")],
+    out: Annotated[Path, typer.Option(help="Folder for spaces.json, spaces.md and spaces.png.")],
+    most: Annotated[int, typer.Option(min=10, help="Most passages, questions and token states that are taken.")] = 2000,
+) -> None:
+    """Look at the sequence space and the token space of a model, checkpoint by checkpoint."""
+    from cosup import terminal
+    from cosup.analyze import analyze_models
+    from cosup.data import read_passages, read_questions
+
+    corpus, asked = list(read_passages(*passages)), list(read_questions(questions))
+    with terminal.counting("looking at", len(models), unit="models") as on_progress:
+        analyze_models(models, corpus, asked, out, most=most, on_progress=on_progress)
+    print(f"saved: {out}/spaces.json, {out}/spaces.md, {out}/spaces.png")
 
 
 @data_app.command("check")
@@ -480,34 +535,57 @@ def data_check(files: Annotated[list[Path], typer.Argument(help="JSONL of passag
 
 @data_app.command("convert")
 def data_convert(
-    questions: Annotated[Path, typer.Argument(help="JSONL of questions, or SQuAD 1.1 JSON.")],
-    passages: Annotated[
-        Path,
-        typer.Option(
-            "--passages", help="JSONL of the passages; of SQuAD, which holds them itself, they are written there."
-        ),
+    questions: Annotated[
+        Path, typer.Argument(help="Questions: JSONL of ours, SQuAD, KILT, ALCE, HotpotQA, FEVER; or training data.")
     ],
-    out: Annotated[Path, typer.Option(help="JSONL of examples to write.")],
+    passages: Annotated[
+        Path, typer.Option("--passages", help="JSONL of passages; a format that holds them has them written there.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL to write.")],
+    to: Annotated[str, typer.Option("--to", help="What to make: examples or questions.")] = "examples",
+    texts: Annotated[Path | None, typer.Option(help="The JSON of passages that the paper's pickle refers to.")] = None,
 ) -> None:
-    """Make training examples of questions by each task's rule."""
+    """Make training examples of questions by each task's rule, or questions of another format."""
     from collections import Counter
 
-    from cosup.data import read_passages, read_questions, write_records
+    from cosup.data import read_passages, write_records
     from cosup.data.convert import convert
-    from cosup.data.squad import is_squad, read_squad
+    from cosup.data.formats import read_any
 
-    if is_squad(questions):
-        if passages.exists():
-            raise UserError(f"{passages} exists: the passages of {questions} would replace it; name another file")
-        corpus, asked = read_squad(questions)
-        write_records(passages, corpus)
-    else:
-        corpus, asked = list(read_passages(passages)), list(read_questions(questions))
+    if to not in ("examples", "questions"):
+        raise UserError(f"--to must be examples or questions, not {to!r}")
+    read = read_any(questions, texts=texts)
+    if read.passages and passages.exists():
+        raise UserError(f"{passages} exists: the passages of {questions} would replace it; name another file")
+    if read.passages:
+        write_records(passages, read.passages)
+    if to == "questions" or read.examples:
+        if to == "questions" and read.examples:
+            raise UserError(f"{questions} holds training data, not questions; leave --to out")
+        print(f"{write_records(out, read.examples or read.questions):,} {to} in {out}")
+        return
+    corpus = read.passages or list(read_passages(passages))
     titles = {passage.id: passage.title for passage in corpus}
     left_out: Counter[str] = Counter()
-    count = write_records(out, convert(asked, passages=titles, titles=titles, left_out=left_out))
+    count = write_records(out, convert(read.questions, passages=titles, titles=titles, left_out=left_out))
     reasons = "".join(f"; {n:,} left out: {reason}" for reason, n in left_out.items())
     print(f"{count:,} examples in {out}{reasons}")
+
+
+@data_app.command("pages")
+def data_pages(
+    pages: Annotated[Path, typer.Argument(help="KILT's knowledge source, or a file of FEVER's Wikipedia pages.")],
+    out: Annotated[Path, typer.Option(help="JSONL of passages to write.")],
+) -> None:
+    """Turn the pages that KILT and FEVER point into into passages."""
+    from cosup.data import write_records
+    from cosup.data.fever import read_fever_pages
+    from cosup.data.foreign import first_json_line
+    from cosup.data.kilt import read_kilt_pages
+
+    first = first_json_line(pages)
+    reader = read_fever_pages if isinstance(first, dict) and "lines" in first else read_kilt_pages
+    print(f"{write_records(out, reader(pages)):,} passages in {out}")
 
 
 @data_app.command("build")

@@ -62,6 +62,8 @@ class Question:
         negatives: ids of passages that look right and are not.
         silver: whether gold was found by matching and not by annotation.
         label: the verdict on a claim, where the question is one.
+        pages: ids of pages that hold the answer, where gold is known by page; `meta.page` of a passage, or its title.
+        candidates: ids of the passages that retrieval may choose from, where the question brings its own list.
     """
 
     __pydantic_config__ = _STRICT
@@ -76,6 +78,8 @@ class Question:
     negatives: list[Id] = field(default_factory=list)
     silver: bool = False
     label: str = ""
+    pages: list[Id] = field(default_factory=list)
+    candidates: list[Id] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +247,7 @@ def to_json(record: Record) -> dict[str, Any]:
             if not part.get(key, True):
                 del part[key]
     optional = {"title", "meta", "long_answers", "claims", "qa_pairs", "negatives", "silver", "label"}
+    optional |= {"pages", "candidates"}
     return {key: value for key, value in raw.items() if value or key not in optional}
 
 

@@ -1,0 +1,302 @@
+"""An evaluation run: a folder that fills question by question, and goes on where it was stopped.
+
+The folder holds `run.json`, what was evaluated and how; and for each data set a folder with `predictions.jsonl`, a
+line as soon as a question is answered, `items.jsonl`, the judgements, `figures.json`, and `passages.jsonl`, those that
+a reader of the results wants to see. What the model's run folder tells of its training is copied beside it.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cosup.config import UserError
+from cosup.data import Passage, write_records
+from cosup.engine import Options
+from cosup.evaluate.figures import Evaluation, Figure, Item, summarize
+from cosup.evaluate.fluency import mauve
+from cosup.evaluate.judge import PassageTexts, Prediction, judge, judge_entailment, pairs_of
+from cosup.evaluate.model import ntp_of, refuse_unknown_gold, verdicts
+from cosup.evaluate.nli import CachedNli, Nli
+from cosup.evaluate.predict import MODES, Asker, Mode
+from cosup.evaluate.retrieval import own_candidates
+from cosup.evaluate.tasks import Task
+from cosup.files import atomic_file, sha256
+from cosup.index import Index
+from cosup.model import CoSupModel
+
+FORMAT_VERSION = 1
+_SHOWN = 3  # passages of a retrieval that a report shows the text of
+
+Counter = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
+"""Called with what is counted, how many there will be and their unit; gives an `on_progress`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """How a run is made.
+
+    Args:
+        mode: `cosup`, `static`, `none`, or `bm25`: once, with the prompt, BM25's best passage.
+        own_candidates: whether a question that brings candidates retrieves from these alone, as in the paper.
+        options: of the engine; the mode comes from here.
+        name: the condition; runs that differ only in the seed of their training share it.
+        mauve_model: for MAUVE; not run without it.
+    """
+
+    mode: Mode = "cosup"
+    own_candidates: bool = True
+    options: Options = field(default_factory=Options)
+    name: str = ""
+    mauve_model: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+
+
+def evaluate_tasks(
+    model: CoSupModel,
+    index: Index,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    settings: RunSettings | None = None,
+    source: Path | None = None,
+    nli: Nli | None = None,
+    counter: Counter = lambda what, total, unit: nullcontext(lambda done: None),
+) -> dict[str, Evaluation]:
+    """Asks and judges data sets; what an earlier, interrupted run of the same kind has asked is not asked again.
+
+    Args:
+        model: in evaluation mode.
+        index: built by this model.
+        tasks: see `read_tasks`.
+        out: the run folder.
+        settings: see there.
+        source: the folder that the model was read from, for its name and its training's records.
+        nli: judges citations; those figures are absent without it.
+        counter: shows progress.
+
+    Returns:
+        The evaluation of each data set, by name.
+
+    Raises:
+        UserError: `out` holds a run of another model, index, mode or data set, or anything else; a gold passage or a
+            candidate is not in the index.
+    """
+    settings = settings or RunSettings()
+    for task in tasks:
+        refuse_unknown_gold(task.questions, index)
+    _open_run(out, _description(model, index, tasks, settings, source) | {"name": settings.name or out.name}, source)
+    evaluations = {}
+    for task in tasks:
+        predictions = _predictions(model, index, task, out / task.name, settings, counter)
+        evaluations[task.name] = _judged(model, index, task, predictions, out, settings, nli, counter)
+    return evaluations
+
+
+def remove_run(out: Path) -> None:
+    """Removes an evaluation run. Raises UserError if the folder holds anything else."""
+    if not out.exists():
+        return
+    if not (out / "run.json").is_file() and any(out.iterdir()):
+        raise UserError(f"{out} holds no evaluation run, so it is not removed; name another folder")
+    shutil.rmtree(out)
+
+
+def _predictions(
+    model: CoSupModel, index: Index, task: Task, folder: Path, settings: RunSettings, counter: Counter
+) -> dict[str, Prediction]:
+    path = folder / "predictions.jsonl"
+    done = _read_predictions(path)
+    left = [question for question in task.questions if question.id not in done]
+    if not left:
+        return done
+    asker = Asker(
+        model,
+        index,
+        left,
+        options=settings.options if settings.mode == "bm25" else replace(settings.options, mode=settings.mode),
+        bm25=settings.mode == "bm25",
+        own=own_candidates(left) if settings.own_candidates else None,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with counter(f"asking {task.name}", len(task.questions), "questions") as on_progress, path.open("ab") as file:
+        on_progress(len(done))
+        for prediction in asker.predict(left):
+            file.write(json.dumps(asdict(prediction), ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            done[prediction.id] = prediction
+            on_progress(len(done))
+    return done
+
+
+def _read_predictions(path: Path) -> dict[str, Prediction]:
+    """What was asked before; a last line that a kill cut short is taken away."""
+    if not path.is_file():
+        return {}
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if whole != raw:
+        with atomic_file(path) as file:
+            file.write(whole)
+    try:
+        rows = [Prediction(**json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged; remove it, so that its questions are asked again") from None
+    return {row.id: row for row in rows}
+
+
+def _judged(
+    model: CoSupModel,
+    index: Index,
+    task: Task,
+    predictions: Mapping[str, Prediction],
+    out: Path,
+    settings: RunSettings,
+    nli: Nli | None,
+    counter: Counter,
+) -> Evaluation:
+    texts, labels = PassageTexts(index.get), verdicts(task.questions)
+    items = [judge(question, predictions[question.id], texts=texts, labels=labels) for question in task.questions]
+    if nli is not None:
+        _judge_citations(task, items, texts, CachedNli(nli, out), counter)
+    figures = summarize(items)
+    figures["ntp"] = _ntp(model, index, task, out / task.name)
+    if settings.mauve_model:
+        figures["mauve"] = _mauve(task, items, settings.mauve_model)
+    evaluation = Evaluation(figures, items)
+    folder = out / task.name
+    write_records(folder / "passages.jsonl", _shown(items, texts, index))
+    evaluation.write_into(folder)
+    return evaluation
+
+
+def _judge_citations(task: Task, items: Sequence[Item], texts: PassageTexts, nli: CachedNli, counter: Counter) -> None:
+    pairs = [pair for q, item in zip(task.questions, items, strict=True) for pair in pairs_of(q, item, texts)]
+    with counter(f"judging citations of {task.name}", len(set(pairs)), "pairs") as on_progress:
+        nli.judge(pairs, on_progress=on_progress)
+    for question, item in zip(task.questions, items, strict=True):
+        item["scores"] |= judge_entailment(question, item, texts, nli.entails)
+
+
+def _ntp(model: CoSupModel, index: Index, task: Task, folder: Path) -> Figure:
+    """Measured once: it depends on the model and the questions alone."""
+    path = folder / "ntp.json"
+    if path.is_file():
+        return Figure(**json.loads(path.read_text("utf-8")))
+    figure = ntp_of(model, index, task.questions)
+    with atomic_file(path) as file:
+        file.write((json.dumps(asdict(figure)) + "\n").encode())
+    return figure
+
+
+def _mauve(task: Task, items: Sequence[Item], model: str) -> Figure:
+    pairs = [
+        (item["text"] or "-", question.long_answers[0])
+        for question, item in zip(task.questions, items, strict=True)
+        if question.long_answers
+    ]
+    if len(pairs) < 2:
+        return Figure(None, len(pairs))
+    return Figure(mauve([text for text, _ in pairs], [reference for _, reference in pairs], model), len(pairs))
+
+
+def _shown(items: Sequence[Item], texts: PassageTexts, index: Index) -> Iterator[Passage]:
+    ids: dict[str, None] = {}
+    for item in items:
+        ids |= dict.fromkeys([*item["cited"], *item["forced"][:_SHOWN]])
+        ids |= dict.fromkeys(id for ranked in item["retrieved"] for id in ranked[:_SHOWN])
+        for id in item["gold"]:
+            if id not in ids and _known(index, id):
+                ids[id] = None
+    return (texts.passage(id) for id in ids)
+
+
+def _known(index: Index, id: str) -> bool:
+    try:
+        return bool(index.get([id]))
+    except KeyError:
+        return False
+
+
+def _description(
+    model: CoSupModel, index: Index, tasks: Sequence[Task], settings: RunSettings, source: Path | None
+) -> dict[str, Any]:
+    options = asdict(replace(settings.options, mode="static" if settings.mode == "bm25" else settings.mode))
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": str(source or ""),
+        "fingerprint": model.fingerprint,
+        "emb_parameters": sum(parameter.numel() for parameter in model.emb.parameters()),
+        "index": {"fingerprint": index.fingerprint, "passages": len(index)},
+        "mode": settings.mode,
+        "own_candidates": settings.own_candidates,
+        "options": options | {"stop": list(settings.options.stop)},
+        "tasks": {
+            task.name: {"file": task.path.name, "sha256": sha256(task.path), "questions": len(task.questions)}
+            for task in tasks
+        },
+    }
+
+
+_SAME = ("fingerprint", "index", "mode", "own_candidates", "options")
+
+
+def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
+    path = out / "run.json"
+    if not path.is_file():
+        if out.exists() and any((out / name).exists() for name in wanted["tasks"]):
+            raise UserError(f"{out} holds something else than an evaluation run; name another folder")
+        found: dict[str, Any] = {"tasks": {}}
+    else:
+        found = json.loads(path.read_text("utf-8"))
+        _refuse_other(out, found, wanted)
+    settings = {**wanted, "tasks": found["tasks"] | wanted["tasks"], "training": _training(source)}
+    settings["created"] = found.get("created") or datetime.now(UTC).isoformat(timespec="seconds")
+    settings["versions"] = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("cosup", "torch", "transformers")},
+    }
+    with atomic_file(path) as file:
+        file.write((json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+    if source is not None and (source / "metrics.jsonl").is_file():
+        with atomic_file(out / "training.jsonl") as file:
+            file.write((source / "metrics.jsonl").read_bytes())
+
+
+def _refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key in _SAME:
+        if found.get(key) != wanted[key]:
+            raise UserError(
+                f"{out} holds a run with another {key} ({found.get(key)!r:.80}, not {wanted[key]!r:.80}); name another "
+                "folder, or start it over with --fresh"
+            )
+    for name, task in wanted["tasks"].items():
+        if found["tasks"].get(name, task) != task:
+            raise UserError(
+                f"{out} holds answers to another file {name!r}, or to another number of its questions; name another "
+                "folder, or start it over with --fresh"
+            )
+
+
+def _training(source: Path | None) -> dict[str, Any] | None:
+    """What the paper's figures need to know of the model's training, where its run folder tells."""
+    if source is None or not (source / "recipe.yaml").is_file():
+        return None
+    recipe = yaml.safe_load((source / "recipe.yaml").read_text("utf-8"))
+    return {
+        "name": recipe.get("name", ""),
+        "seed": recipe.get("seed", 0),
+        "objective": recipe["train"].get("objective", ""),
+        "lambda": recipe["train"].get("lambda"),
+    }

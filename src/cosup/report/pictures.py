@@ -1,0 +1,165 @@
+"""The paper's Figures 3, 4 and 5 and the learning curves, drawn from evaluation runs as SVG."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure as Plot
+
+from cosup.evaluate import HEADLINES, label_of
+from cosup.report.load import Condition
+from cosup.report.tables import headline
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cosup",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+}
+_COLOURS = ("#3b6fb6", "#d1662f", "#3f8f5b", "#8a5fb0", "#b0473f", "#6b6b6b")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A drawing, or why there is none.
+
+    Args:
+        title: its heading.
+        caption: what is seen.
+        svg: empty where the runs don't allow it.
+    """
+
+    title: str
+    caption: str
+    svg: str
+
+
+def pictures(conditions: Sequence[Condition], tasks: Sequence[str]) -> list[Picture]:
+    """All four, in the paper's order."""
+    return [
+        _reduction(conditions, tasks),
+        _against(conditions, tasks, "Size of Emb_seq (Figure 4)", "parameters of Emb_seq, millions", _millions),
+        _against(conditions, tasks, "Weight of the sequence loss (Figure 5)", "lambda", _lambda),
+        _curves(conditions),
+    ]
+
+
+def _reduction(conditions: Sequence[Condition], tasks: Sequence[str]) -> Picture:
+    title = "Reliance on parametric knowledge (Figure 3)"
+    shown = [task for task in tasks if any(_value(c, task, "reduction_rate") is not None for c in conditions)]
+    if not shown:
+        return Picture(title, "No data set of these runs has short answers that could stand in a passage.", "")
+    plot, axes = _canvas(max(8.4, 1.2 + 0.5 * len(shown) * (len(conditions) + 1)))
+    width = 0.8 / len(conditions)
+    for number, condition in enumerate(conditions):
+        for place, task in enumerate(shown):
+            figure = condition.figure(task, "reduction_rate")
+            if figure is None or figure.value is None:
+                continue
+            x = place + (number - (len(conditions) - 1) / 2) * width
+            label = condition.name if place == 0 else None
+            axes.bar(x, figure.value, width * 0.9, color=_COLOURS[number % len(_COLOURS)], label=label)
+            top = max(figure.value, figure.high or 0.0)
+            axes.text(x, top + 0.02, f"{figure.value:.2f}", ha="center", fontsize=8)
+            if figure.low is not None and figure.high is not None:
+                axes.plot([x, x], [figure.low, figure.high], color="#222", linewidth=1)
+    axes.set_xticks(range(len(shown)), [_title(task) for task in shown])
+    axes.set_ylabel("reduction rate")
+    axes.set_ylim(0, 1.1)
+    _legend(axes, len(conditions))
+    caption = (
+        "How much of the answer presence is lost when answers that stand in no passage that was read count as wrong; "
+        "lines are 95 % intervals. Lower is better grounded."
+    )
+    return Picture(title, caption, _svg(plot))
+
+
+def _against(
+    conditions: Sequence[Condition],
+    tasks: Sequence[str],
+    title: str,
+    axis: str,
+    x_of: Callable[[Condition], float | None],
+) -> Picture:
+    placed = sorted(((x, c) for c in conditions if (x := x_of(c)) is not None), key=lambda pair: pair[0])
+    if len({x for x, _ in placed}) < 2:
+        return Picture(title, f"It takes runs that differ in it; these don't ({axis}).", "")
+    plot, both = _canvas(8.4, columns=2)
+    for axes, what in zip(both, ("retrieval", "correctness"), strict=True):
+        for number, task in enumerate(tasks):
+            name = getattr(headline(task, conditions), what)
+            points = [(x, y) for x, c in placed if (y := _value(c, task, name)) is not None]
+            label = f"{_title(task)}: {label_of(name)}"
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, label=label)
+        axes.set_xlabel(axis)
+        axes.set_title(what)
+        axes.set_ylim(0, 1)
+        if axis == "lambda" and min(x for x, _ in placed) > 0:
+            axes.set_xscale("log")
+        axes.legend(frameon=False, fontsize=7)
+    return Picture(title, f"Each point is a condition; {len(placed)} are drawn.", _svg(plot))
+
+
+def _curves(conditions: Sequence[Condition]) -> Picture:
+    title = "Learning curves"
+    runs = [run for condition in conditions for run in condition.runs if run.curves]
+    kept = {str(run.curves): run for run in reversed(runs)}  # one model that was evaluated in several modes
+    runs = [run for run in runs if any(run is other for other in kept.values())]
+    if not runs:
+        return Picture(title, "The models' run folders hold no metrics of their training.", "")
+    plot, three = _canvas(10.5, columns=3)
+    for axes, key in zip(three, ("ntp", "nsp", "accuracy"), strict=True):
+        for number, run in enumerate(runs):
+            points = [(row["step"], row[key]) for row in run.curves if row.get(key) is not None and "step" in row]
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, label=run.name)
+        axes.set_xlabel("step")
+        axes.set_title({"ntp": "ntp loss", "nsp": "nsp loss", "accuracy": "accuracy among candidates"}[key])
+        axes.set_ylim(bottom=0)
+    _legend(three[0], len(runs))
+    return Picture(title, "Of the models' training, by optimisation step.", _svg(plot))
+
+
+def _value(condition: Condition, task: str, name: str) -> float | None:
+    figure = condition.figure(task, name)
+    return None if figure is None else figure.value
+
+
+def _millions(condition: Condition) -> float | None:
+    count = condition.runs[0].settings.get("emb_parameters")
+    return None if count is None else count / 1e6
+
+
+def _lambda(condition: Condition) -> float | None:
+    return condition.runs[0].training.get("lambda")
+
+
+def _title(task: str) -> str:
+    return HEADLINES[task].title if task in HEADLINES else task
+
+
+def _canvas(width: float, columns: int = 1) -> tuple[Plot, Any]:
+    with matplotlib.rc_context(_STYLE):
+        plot = Plot(figsize=(width, 3.2), layout="constrained")
+        axes = plot.subplots(1, columns)
+    for each in axes if columns > 1 else [axes]:
+        each.grid(axis="y", color="#ddd", linewidth=0.6)
+    return plot, axes
+
+
+def _legend(axes: Any, count: int) -> None:
+    if count > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _svg(plot: Plot) -> str:
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        plot.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
