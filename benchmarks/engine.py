@@ -43,7 +43,7 @@ from cosup.data import Passage, read_passages, read_questions
 from cosup.data.worldfacts import worldfacts
 from cosup.engine import Options, Session, Token
 from cosup.engine.row import Row
-from cosup.index import FlatIndex, Index, build_index
+from cosup.index import FaissIndex, Index, build_index
 from cosup.model import CoSupModel
 
 WORDS = range(100, 161)
@@ -177,7 +177,7 @@ class Embedded(NamedTuple):
 
 def make_index(
     model: CoSupModel, prompts: list[list[int]], passages: list[Passage], vectors: Vectors, folder: Path
-) -> FlatIndex:
+) -> FaissIndex:
     """The embedded passages, and as many others as an index of 50,000 has."""
     index = build_index(passages, Embedded(model.fingerprint, model.dim, vectors), folder / "index")
     noise = np.random.default_rng(0).standard_normal((INDEXED - len(passages), index.dim)).astype(np.float32)
@@ -247,7 +247,7 @@ class PlainGen(NamedTuple):
 
 
 def plain_side(
-    model: CoSupModel, gen: Any, index: FlatIndex, vectors: Vectors, prompts: list[list[int]], plans: Sequence[Plan]
+    model: CoSupModel, gen: Any, index: FaissIndex, vectors: Vectors, prompts: list[list[int]], plans: Sequence[Plan]
 ) -> tuple[list[float], list[list[int]]]:
     """Seconds and ids of each answer. Candidates are found beforehand, outside the time."""
     t = model.template

@@ -27,13 +27,13 @@ from cosup.engine import (
     Session,
     Token,
 )
-from cosup.index import FlatIndex, Hit, build_index
+from cosup.index import FaissIndex, Hit, build_index
 from cosup.model import CoSupModel
 from cosup.template import Response
 
 
 @pytest.fixture
-def index(tiny: CoSupModel, passages: list[Passage], tmp_path: Path) -> FlatIndex:
+def index(tiny: CoSupModel, passages: list[Passage], tmp_path: Path) -> FaissIndex:
     return build_index(passages, tiny, tmp_path / "index")
 
 
@@ -157,7 +157,7 @@ def make_talkative(model: CoSupModel) -> None:
 class Naive:
     """The same rules, one prompt at a time, everything read again for every token, by transformers' own attention."""
 
-    def __init__(self, model: CoSupModel, index: FlatIndex):
+    def __init__(self, model: CoSupModel, index: FaissIndex):
         self.gen = copy.deepcopy(model.gen)
         self.gen.set_attn_implementation("eager")
         self.model, self.index, self.met = model, index, Counter[str]()
@@ -259,7 +259,7 @@ def random_prompts(model: CoSupModel, count: int, *, seed: int) -> list[list[int
 
 
 def assert_equal_to_naive(
-    model: CoSupModel, index: FlatIndex, prompts: list[list[int]], each: list[Options], *, rows: int
+    model: CoSupModel, index: FaissIndex, prompts: list[list[int]], each: list[Options], *, rows: int
 ) -> Counter[str]:
     """Every token and reason; returns how often each rule was met."""
     session = Engine(model, index, Options(rows=rows)).session()
@@ -309,7 +309,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_output_equals_a_naive_loop_that_reads_everything_again(tiny: CoSupModel, index: FlatIndex, case: str) -> None:
+def test_output_equals_a_naive_loop_that_reads_everything_again(tiny: CoSupModel, index: FaissIndex, case: str) -> None:
     rows, options, must_meet = CASES[case]
     prompts = random_prompts(tiny, 200, seed=rows)
     make_talkative(tiny)
@@ -318,7 +318,7 @@ def test_output_equals_a_naive_loop_that_reads_everything_again(tiny: CoSupModel
     assert min(met[rule] for rule in must_meet) >= 5, met
 
 
-def test_requests_with_different_options_share_the_rows(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_requests_with_different_options_share_the_rows(tiny: CoSupModel, index: FaissIndex) -> None:
     prompts = random_prompts(tiny, 60, seed=1)
     make_talkative(tiny)
     each = [replace(list(CASES.values())[i % len(CASES)][1], max_new_tokens=12, seed=i) for i in range(len(prompts))]
@@ -367,7 +367,7 @@ def test_a_real_model_equals_the_naive_loop_in_float32(passages: list[Passage], 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_response_does_not_depend_on_what_else_is_in_the_batch(
-    tiny: CoSupModel, index: FlatIndex, temperature: float
+    tiny: CoSupModel, index: FaissIndex, temperature: float
 ) -> None:
     make_talkative(tiny)
     prompts = random_prompts(tiny, 20, seed=3)
@@ -390,7 +390,7 @@ def same(response: Response) -> Response:
     return replace(response, seconds=0.0, claims=claims, scores=scores)
 
 
-def test_another_seed_gives_another_response(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_another_seed_gives_another_response(tiny: CoSupModel, index: FaissIndex) -> None:
     options = [Options(max_new_tokens=12, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
     prompt = tiny.template.prompt("gold", task="")
     first, again, other = Engine(tiny, index).generate([prompt] * 3, options=options)
@@ -399,7 +399,7 @@ def test_another_seed_gives_another_response(tiny: CoSupModel, index: FlatIndex)
 
 
 def test_a_passage_is_shortened_where_the_context_is_nearly_full_and_the_response_ends(
-    tiny: CoSupModel, index: FlatIndex
+    tiny: CoSupModel, index: FaissIndex
 ) -> None:
     prompt = tiny.template.encode("gold " * 600)[:485]
     (response,) = Engine(tiny, index, Options(retrieve_first=True)).generate([prompt])
@@ -407,13 +407,13 @@ def test_a_passage_is_shortened_where_the_context_is_nearly_full_and_the_respons
     assert response.tokens_read <= tiny.context
 
 
-def test_a_prompt_longer_than_the_context_is_refused(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(tiny: CoSupModel, index: FaissIndex) -> None:
     with pytest.raises(UserError, match=r"the prompt has .* tokens, and the model reads at most 512"):
         Engine(tiny, index).generate(["gold " * 600])
 
 
 def test_a_stream_gives_the_events_of_the_response_and_closing_it_frees_its_row(
-    tiny: CoSupModel, index: FlatIndex, monkeypatch: pytest.MonkeyPatch
+    tiny: CoSupModel, index: FaissIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions: list[Session] = []
     opened = Engine._session
@@ -433,7 +433,7 @@ def test_a_stream_gives_the_events_of_the_response_and_closing_it_frees_its_row(
         engine.stream([])
 
 
-def test_options_are_given_for_all_or_for_each_prompt(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_options_are_given_for_all_or_for_each_prompt(tiny: CoSupModel, index: FaissIndex) -> None:
     engine = Engine(tiny, index)
     short, long = Options(max_new_tokens=1, mode="none"), Options(max_new_tokens=3, mode="none")
     assert [r.tokens_sampled for r in engine.generate(["gold?", "gold?"], options=[short, long])] == [1, 3]
@@ -443,7 +443,7 @@ def test_options_are_given_for_all_or_for_each_prompt(tiny: CoSupModel, index: F
         engine.generate(["gold?", "gold?"], options=[short])
 
 
-def test_an_index_of_another_model_is_refused(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_an_index_of_another_model_is_refused(tiny: CoSupModel, index: FaissIndex) -> None:
     index.fingerprint = "0123456789abcdef"
     with pytest.raises(UserError, match=r"built by another model \(fingerprint 0123456789ab"):
         Engine(tiny, index)

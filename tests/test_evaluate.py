@@ -30,17 +30,17 @@ from cosup.evaluate.judge import statements
 from cosup.evaluate.nli import entailment_label
 from cosup.evaluate.predict import Asker
 from cosup.evaluate.retrieval import QUESTION, QuestionIndex
-from cosup.index import BM25, FlatIndex, build_index
+from cosup.index import BM25, FaissIndex, build_index
 from cosup.model import CoSupModel
 
 
 @pytest.fixture
-def index(tiny: CoSupModel, passages: list[Passage], tmp_path: Path) -> FlatIndex:
+def index(tiny: CoSupModel, passages: list[Passage], tmp_path: Path) -> FaissIndex:
     return build_index(passages, tiny, tmp_path / "index")
 
 
 def test_every_figure_has_its_count_and_equals_the_mean_of_its_items(
-    tiny: CoSupModel, index: FlatIndex, questions: list[Question], tmp_path: Path
+    tiny: CoSupModel, index: FaissIndex, questions: list[Question], tmp_path: Path
 ) -> None:
     asked = [*questions, Question("q4", "squad", "no gold?", answers=["Oslo"]), Question("q5", "wow", "x", gold=["p2"])]
     evaluation = evaluate_model(tiny, index, asked, options=Options(max_new_tokens=6))
@@ -61,7 +61,7 @@ def test_every_figure_has_its_count_and_equals_the_mean_of_its_items(
 
 
 def test_forced_retrieval_is_what_the_engine_retrieves_first(
-    tiny: CoSupModel, index: FlatIndex, questions: list[Question]
+    tiny: CoSupModel, index: FaissIndex, questions: list[Question]
 ) -> None:
     evaluation = evaluate_model(tiny, index, questions, options=Options(max_new_tokens=4, retrieve_first=True))
     for item in evaluation.items:
@@ -70,7 +70,7 @@ def test_forced_retrieval_is_what_the_engine_retrieves_first(
 
 
 def test_no_retrieval_counts_as_wrong_in_free_success(
-    tiny: CoSupModel, index: FlatIndex, questions: list[Question]
+    tiny: CoSupModel, index: FaissIndex, questions: list[Question]
 ) -> None:
     evaluation = evaluate_model(tiny, index, questions, options=Options(max_new_tokens=3, max_retrievals=0))
     assert evaluation.figures["free_success@5"] == Figure(0.0, 4)
@@ -78,7 +78,7 @@ def test_no_retrieval_counts_as_wrong_in_free_success(
     assert evaluation.figures["claim_words"] == Figure(None, 0)
 
 
-def test_bm25_finds_what_shares_its_words(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_bm25_finds_what_shares_its_words(tiny: CoSupModel, index: FaissIndex) -> None:
     asked = [Question("q", "squad", "What is the currency krone of Norway?", answers=["x"], gold=["p1", "p7"])]
     evaluation = evaluate_model(tiny, index, asked, options=Options(max_new_tokens=2))
     assert evaluation.figures["bm25_success@1"].value == 1.0
@@ -95,7 +95,7 @@ def test_ntp_loss_does_not_depend_on_batching(
     assert alone.value == pytest.approx(together.value, rel=1e-6)
 
 
-def test_no_questions_and_dangling_gold_are_refused(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_no_questions_and_dangling_gold_are_refused(tiny: CoSupModel, index: FaissIndex) -> None:
     with pytest.raises(UserError, match="there are no questions"):
         evaluate_model(tiny, index, [])
     with pytest.raises(UserError, match="cites passage 'p99'"):
@@ -126,7 +126,7 @@ FEW = RunSettings(options=Options(max_new_tokens=6, retrieve_first=True))
 
 
 def test_a_stopped_run_goes_on_without_asking_again_and_ends_as_an_uninterrupted_one(
-    tiny: CoSupModel, index: FlatIndex, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: CoSupModel, index: FaissIndex, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate_tasks(tiny, index, [task], tmp_path / "whole", settings=FEW)["mixed"]
     evaluate_tasks(tiny, index, [task], tmp_path / "cut", settings=FEW)
@@ -142,7 +142,7 @@ def test_a_stopped_run_goes_on_without_asking_again_and_ends_as_an_uninterrupted
 
 
 def test_a_finished_run_can_be_judged_again_and_a_run_of_another_kind_is_refused(
-    tiny: CoSupModel, index: FlatIndex, task: Task, tmp_path: Path
+    tiny: CoSupModel, index: FaissIndex, task: Task, tmp_path: Path
 ) -> None:
     first = evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW)["mixed"]
     assert "citation_recall" not in first.figures
@@ -161,7 +161,7 @@ def test_a_finished_run_can_be_judged_again_and_a_run_of_another_kind_is_refused
         remove_run(tmp_path / "mine")
 
 
-def test_the_modes_retrieve_as_they_say(tiny: CoSupModel, index: FlatIndex, task: Task, tmp_path: Path) -> None:
+def test_the_modes_retrieve_as_they_say(tiny: CoSupModel, index: FaissIndex, task: Task, tmp_path: Path) -> None:
     found = {
         mode: evaluate_tasks(
             tiny, index, [task], tmp_path / mode, settings=RunSettings(mode, options=Options(max_new_tokens=4))
@@ -177,7 +177,7 @@ def test_the_modes_retrieve_as_they_say(tiny: CoSupModel, index: FlatIndex, task
 
 
 def test_a_question_with_candidates_finds_nothing_else(
-    tiny: CoSupModel, index: FlatIndex, questions: list[Question], tmp_path: Path
+    tiny: CoSupModel, index: FaissIndex, questions: list[Question], tmp_path: Path
 ) -> None:
     own = [replace(q, candidates=["p5", *q.gold, "p11"]) for q in questions]
     write_records(tmp_path / "own.jsonl", own)
@@ -196,7 +196,7 @@ def test_a_question_with_candidates_finds_nothing_else(
         evaluate_tasks(tiny, index, read_tasks([str(tmp_path / "bad.jsonl")]), tmp_path / "c", settings=settings)
 
 
-def test_candidates_are_ranked_as_in_the_whole_corpus(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_candidates_are_ranked_as_in_the_whole_corpus(tiny: CoSupModel, index: FaissIndex) -> None:
     query_1D = tiny.query([tiny.template.prompt("gold", task="")])
     (whole,) = index.search(query_1D, 12)
     wrapped = QuestionIndex(index, candidates={"q": ["p7", "p2", "p9"]})
@@ -205,7 +205,7 @@ def test_candidates_are_ranked_as_in_the_whole_corpus(tiny: CoSupModel, index: F
     assert wrapped.search(query_1D, 12)[0] == whole
 
 
-def test_a_question_that_fails_is_counted_and_scores_zero(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_a_question_that_fails_is_counted_and_scores_zero(tiny: CoSupModel, index: FaissIndex) -> None:
     asked = [
         Question("long", "nq", "word " * 600, answers=["Oslo"], gold=["p0"]),
         Question("short", "nq", "Which?", answers=["Oslo"], gold=["p0"]),

@@ -9,13 +9,13 @@ from cosup.config import UserError
 from cosup.data import Passage
 from cosup.engine import Engine, Event, Finished, Options, Session, Token
 from cosup.engine.reader import Chunk, Reader
-from cosup.index import FlatIndex, Hit, build_index
+from cosup.index import FaissIndex, Hit, build_index
 from cosup.model import CoSupModel
 from cosup.template import Response
 
 
 @pytest.fixture
-def index(tiny: CoSupModel, passages: list[Passage], tmp_path: Path) -> FlatIndex:
+def index(tiny: CoSupModel, passages: list[Passage], tmp_path: Path) -> FaissIndex:
     return build_index(passages, tiny, tmp_path / "index")
 
 
@@ -47,7 +47,7 @@ def essence(response: Response) -> tuple[object, ...]:
     return response.text, cited, response.retrieved, response.reason, response.tokens_sampled, response.tokens_read
 
 
-def test_requests_wait_for_a_free_row_and_join_while_others_go_on(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_requests_wait_for_a_free_row_and_join_while_others_go_on(tiny: CoSupModel, index: FaissIndex) -> None:
     session = Engine(tiny, index, Options(rows=2)).session()
     assert session.step() == []
     long = Options(max_new_tokens=30, mode="none")
@@ -63,7 +63,7 @@ def test_requests_wait_for_a_free_row_and_join_while_others_go_on(tiny: CoSupMod
 
 
 def test_requests_that_join_at_any_time_get_the_response_that_they_get_alone(
-    tiny: CoSupModel, index: FlatIndex
+    tiny: CoSupModel, index: FaissIndex
 ) -> None:
     prompts = [f"which metal is number {n}? " + "gold " * (n % 7) for n in range(24)]
     options = [Options(max_new_tokens=3 + n % 9, retrieve_first=n % 3 == 0, seed=n) for n in range(24)]
@@ -81,7 +81,7 @@ def test_requests_that_join_at_any_time_get_the_response_that_they_get_alone(
     assert [essence(joined[n]) for n in range(24)] == [essence(response) for response in alone]
 
 
-def test_a_cancelled_request_frees_its_row_and_says_nothing_more(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_a_cancelled_request_frees_its_row_and_says_nothing_more(tiny: CoSupModel, index: FaissIndex) -> None:
     session = Engine(tiny, index, Options(rows=1, max_new_tokens=20, mode="none")).session()
     first, second, third = (session.submit(prompt) for prompt in ("gold?", "iron?", "Oslo?"))
     assert {request for request, _ in session.step()} <= {first}
@@ -93,7 +93,7 @@ def test_a_cancelled_request_frees_its_row_and_says_nothing_more(tiny: CoSupMode
     session.cancel(99)
 
 
-def test_rows_that_stay_behind_a_cancelled_one_are_not_disturbed(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_rows_that_stay_behind_a_cancelled_one_are_not_disturbed(tiny: CoSupModel, index: FaissIndex) -> None:
     options = Options(rows=3, max_new_tokens=12, retrieve_first=True)
     prompts = ["gold?", "iron and iron?", "Oslo? Oslo? Oslo?"]
     alone = [Engine(tiny, index, options).generate([prompt])[0] for prompt in prompts]
@@ -107,7 +107,7 @@ def test_rows_that_stay_behind_a_cancelled_one_are_not_disturbed(tiny: CoSupMode
 
 
 def test_what_rows_have_read_of_the_same_beginning_is_not_read_again(
-    tiny: CoSupModel, index: FlatIndex, read: list[list[Chunk]]
+    tiny: CoSupModel, index: FaissIndex, read: list[list[Chunk]]
 ) -> None:
     session = Engine(tiny, index, Options(rows=2, max_new_tokens=4, mode="none")).session()
     prompts = [tiny.template.prompt(question, task="") for question in ("Which city, Oslo?", "Which city, Paris?")]
@@ -124,7 +124,7 @@ def test_what_rows_have_read_of_the_same_beginning_is_not_read_again(
 
 
 def test_a_long_prompt_is_read_in_pieces_while_others_go_on(
-    tiny: CoSupModel, index: FlatIndex, read: list[list[Chunk]], monkeypatch: pytest.MonkeyPatch
+    tiny: CoSupModel, index: FaissIndex, read: list[list[Chunk]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cosup.engine.session.TOKENS_PER_STEP", 50)
     session = Engine(tiny, index, Options(rows=2, max_new_tokens=10, mode="none", guesses=0)).session()
@@ -139,7 +139,7 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(
     assert essence(responses(session)[1]) == essence(alone)
 
 
-class Failing(FlatIndex):
+class Failing(FaissIndex):
     """Has no passage p-gone, and can't search for what `where` calls broken."""
 
     def search(self, queries_QD: Any, k: int, *, where: Any = None) -> list[list[Hit]]:
@@ -150,7 +150,7 @@ class Failing(FlatIndex):
         return super().search(queries_QD, k, where=where)
 
 
-def test_an_error_of_the_index_ends_that_request_alone(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_an_error_of_the_index_ends_that_request_alone(tiny: CoSupModel, index: FaissIndex) -> None:
     failing = Failing(index.folder)
     options = [
         Options(retrieve_first=True, max_new_tokens=6, where={"source": s}) for s in ("a", "broken", "lost", "b")
@@ -166,7 +166,7 @@ def test_an_error_of_the_index_ends_that_request_alone(tiny: CoSupModel, index: 
 
 
 def test_rows_that_ask_in_the_same_step_are_searched_together(
-    tiny: CoSupModel, index: FlatIndex, monkeypatch: pytest.MonkeyPatch
+    tiny: CoSupModel, index: FaissIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
     search = index.search
@@ -182,7 +182,7 @@ def test_rows_that_ask_in_the_same_step_are_searched_together(
     assert counts == [3, 1]
 
 
-class FailingOnce(FlatIndex):
+class FailingOnce(FaissIndex):
     """Can't search for several queries at once, nor for the second of them."""
 
     calls = 0
@@ -194,13 +194,13 @@ class FailingOnce(FlatIndex):
         return super().search(queries_QD, k, where=where)
 
 
-def test_a_query_that_breaks_a_common_search_fails_alone(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_a_query_that_breaks_a_common_search_fails_alone(tiny: CoSupModel, index: FaissIndex) -> None:
     options = Options(retrieve_first=True, max_retrievals=1, max_new_tokens=3)
     found = Engine(tiny, FailingOnce(index.folder), options).generate(["gold?", "iron?", "Oslo?"])
     assert [response.reason == "error" for response in found] == [False, True, False]
 
 
-def test_the_passages_that_are_found_can_be_restricted(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_the_passages_that_are_found_can_be_restricted(tiny: CoSupModel, index: FaissIndex) -> None:
     options = Options(retrieve_first=True, max_new_tokens=3, where={"source": "b"})
     (response,) = Engine(tiny, index, options).generate(["gold?"])
     assert {int(id[1:]) // 6 for ids in response.retrieved for id in ids} == {1}
@@ -211,7 +211,7 @@ def test_the_passages_that_are_found_can_be_restricted(tiny: CoSupModel, index: 
 
 
 def test_guesses_change_how_often_gen_is_run_and_not_what_it_writes(
-    tiny: CoSupModel, index: FlatIndex, read: list[list[Chunk]]
+    tiny: CoSupModel, index: FaissIndex, read: list[list[Chunk]]
 ) -> None:
     prompts = ["gold " * 20, "Which city is the capital of Norway? Which city is the capital of"]
     written, steps = [], []
@@ -224,7 +224,7 @@ def test_guesses_change_how_often_gen_is_run_and_not_what_it_writes(
     assert steps[1] < steps[0]
 
 
-def test_an_empty_prompt_and_one_that_is_too_long_are_refused_at_once(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_an_empty_prompt_and_one_that_is_too_long_are_refused_at_once(tiny: CoSupModel, index: FaissIndex) -> None:
     session = Engine(tiny, index).session()
     with pytest.raises(UserError, match="the prompt is empty"):
         session.submit([])
@@ -233,7 +233,7 @@ def test_an_empty_prompt_and_one_that_is_too_long_are_refused_at_once(tiny: CoSu
     assert session.waiting == 0
 
 
-def test_the_time_is_accounted_for(tiny: CoSupModel, index: FlatIndex) -> None:
+def test_the_time_is_accounted_for(tiny: CoSupModel, index: FaissIndex) -> None:
     session = Engine(tiny, index, Options(retrieve_first=True, max_new_tokens=5)).session()
     session.submit("gold?")
     assert any(isinstance(event, Token) for _, event in list(drain(session)))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cosup.data import Evidence, Example, Passage, Question, Text
     from cosup.engine import Engine, Options
     from cosup.evaluate import evaluate_model
-    from cosup.index import FlatIndex, build_index
+    from cosup.index import FaissIndex, build_index
     from cosup.model import CoSupModel
     from cosup.train import train_recipe
 
@@ -27,7 +27,7 @@ _HOMES = {
     "Engine": "engine",
     "Options": "engine",
     "evaluate_model": "evaluate",
-    "FlatIndex": "index",
+    "FaissIndex": "index",
     "build_index": "index",
     "CoSupModel": "model",
     "train_recipe": "train",
@@ -38,7 +38,7 @@ __all__ = [
     "Engine",
     "Evidence",
     "Example",
-    "FlatIndex",
+    "FaissIndex",
     "Options",
     "Passage",
     "Question",

@@ -635,7 +635,7 @@ def demo(
     from cosup import terminal
     from cosup.demo import OPTIONS, Demo
     from cosup.engine import Engine
-    from cosup.index import FlatIndex
+    from cosup.index import FaissIndex
     from cosup.model import CoSupModel
 
     steps = Demo(out, minutes=minutes, counter=lambda what, total, unit: terminal.counting(what, total, unit=unit))
@@ -652,7 +652,7 @@ def demo(
     terminal.step("Before and after")
     terminal.show_figures({"before": before, "after": after})
     terminal.step("Five test questions, about entities that were never trained on")
-    model, index = CoSupModel.load(steps.run), FlatIndex(out / "index")
+    model, index = CoSupModel.load(steps.run), FaissIndex(out / "index")
     engine = Engine(model, index, OPTIONS)
     for question in steps.shown():
         terminal.show_question(question.question)

@@ -11,7 +11,7 @@ from cosup.data import Passage, Question, read_passages, read_questions
 from cosup.data.worldfacts import build_worldfacts
 from cosup.engine import Options
 from cosup.evaluate import Evaluation, Figure, evaluate_model
-from cosup.index import FlatIndex, build_index
+from cosup.index import FaissIndex, build_index
 from cosup.model import CoSupModel
 from cosup.train import train_recipe
 
@@ -107,9 +107,9 @@ class Demo:
         with self._counter("asking", len(questions), "questions") as on_progress:
             return evaluate_model(model, index, questions, options=OPTIONS, on_progress=on_progress)
 
-    def _index(self, model: CoSupModel, folder: Path) -> FlatIndex:
-        if (folder / "index.json").is_file() and FlatIndex(folder).fingerprint == model.fingerprint:
-            return FlatIndex(folder)
+    def _index(self, model: CoSupModel, folder: Path) -> FaissIndex:
+        if (folder / "index.json").is_file() and FaissIndex(folder).fingerprint == model.fingerprint:
+            return FaissIndex(folder)
         passages: Sequence[Passage] = list(read_passages(self.data / "passages.jsonl"))
         with self._counter("indexing", len(passages), "passages") as on_progress:
             return build_index(passages, model, folder, on_progress=on_progress)

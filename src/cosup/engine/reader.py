@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from cosup.model import CoSupModel
+from cosup.model import CoSupModel, body_of
 
 
 class Chunk(NamedTuple):
@@ -45,7 +45,7 @@ class Reader:
     """
 
     def __init__(self, model: CoSupModel, rows: int):
-        self._body, self._head = model.gen.base_model, model.gen.get_output_embeddings()
+        self._body, self._head = body_of(model.gen), model.gen.get_output_embeddings()
         self._device = model.device
         self._layers = [_Layer(rows) for _ in range(model.gen.config.num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))

@@ -65,7 +65,7 @@ class Session:
     def __init__(self, model: CoSupModel, index: Index, options: Options):
         self.seconds = Seconds()
         self._model, self._index, self._options = model, index, options
-        self._limit = int(getattr(model.gen.config, "max_position_embeddings", 1 << 20))
+        self._limit = model.context
         self._reader = Reader(model, options.rows)
         self._numbers = itertools.count()
         self._waiting: dict[int, tuple[list[int], Options]] = {}

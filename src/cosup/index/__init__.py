@@ -11,15 +11,12 @@ from cosup.index.protocol import Embedder, EmbedderFactory, Hit, Index, Measurin
 from cosup.index.sources import Source
 from cosup.index.update import Soundness, Update, check_index, refuse_other, update_index
 
-FlatIndex = FaissIndex
-
 __all__ = [
     "BM25",
     "Embedder",
     "EmbedderFactory",
     "Estimate",
     "FaissIndex",
-    "FlatIndex",
     "Hit",
     "Index",
     "MeasuringEmbedder",

@@ -2,7 +2,7 @@
 
 from cosup.model.core import CoSupModel, Output
 from cosup.model.folders import ModelSettings
-from cosup.model.lms import Dtype, compute_dtype, find_model, keep_freed_memory
+from cosup.model.lms import Dtype, body_of, compute_dtype, find_model, keep_freed_memory
 from cosup.model.packing import Batch, batches_by_tokens, chunk_count, chunks, pack
 from cosup.model.published import import_published
 from cosup.model.shapes import sketch
@@ -14,6 +14,7 @@ __all__ = [
     "ModelSettings",
     "Output",
     "batches_by_tokens",
+    "body_of",
     "chunk_count",
     "chunks",
     "compute_dtype",
