@@ -52,12 +52,20 @@ Plan = Sequence[int | None]
 Vectors = Mapping[str, np.ndarray]
 
 
+class Answers(NamedTuple):
+    """Seconds of the whole run, and ids of each answer."""
+
+    seconds: float
+    written: list[list[int]]
+
+
 class Run(NamedTuple):
-    """Seconds of the whole run, ids of each answer, seconds to each first token, the session."""
+    """Seconds of the whole run, ids of each answer, seconds to each first token, tokens sampled, the session."""
 
     seconds: float
     written: list[list[int]]
     first: list[float]
+    sampled: int
     session: Session
 
 
@@ -97,34 +105,53 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     gen.set_attn_implementation("sdpa")
 
     few = 4 if arguments.quick else 12
-    plain_seconds, plain_written = plain_side(model, gen, index, vectors, prompts, plans)
-    tell("plain", len(prompts), sum(plain_seconds))
-    tell(f"plain, the first {few} of these", few, sum(plain_seconds[:few]))
+
+    def answer(some: slice) -> Answers:
+        return plain_side(model, gen, index, vectors, prompts[some], plans[some])
+
+    # question by question and half by half, so that a machine that slows down does so for both sides
+    alone = [
+        (
+            answer(slice(i, i + 1)),
+            our_side(model, index, prompts[i : i + 1], plans[i : i + 1], replace(options, rows=1)),
+            our_side(model, index, prompts[i : i + 1], plans[i : i + 1], replace(options, rows=1, guesses=0)),
+        )
+        for i in range(few)
+    ]
+    few_plain, one, bare = (sum(run.seconds for run in runs) for runs in zip(*alone, strict=True))
+    tell("plain", few, few_plain)
+    tell("1 row", few, one)
+    tell("1 row, no guesses", few, bare)
+    first = answer(slice(few, len(prompts) // 2))
     many = our_side(model, index, prompts, plans, options)
+    second = answer(slice(len(prompts) // 2, len(prompts)))
+    plain_seconds = few_plain + first.seconds + second.seconds
+    plain_written = [ids for run, _, _ in alone for ids in run.written] + first.written + second.written
+    tell("plain, all", len(prompts), plain_seconds)
     tell("16 rows", len(prompts), many.seconds)
-    one = our_side(model, index, prompts[:few], plans[:few], replace(options, rows=1))
-    tell("1 row", few, one.seconds)
-    bare = our_side(model, index, prompts[:few], plans[:few], replace(options, rows=1, guesses=0))
-    tell("1 row, no guesses", few, bare.seconds)
     contexts = [[token for token in ids if token != model.template.ret][:300] for ids in plain_written[:ROWS]]
     figures = {
-        "speedup_16_rows": sum(plain_seconds) / many.seconds,
-        "speedup_1_row": sum(plain_seconds[:few]) / one.seconds,
-        "speedup_1_row_no_guesses": sum(plain_seconds[:few]) / bare.seconds,
+        "speedup_16_rows": plain_seconds / many.seconds,
+        "speedup_1_row": few_plain / one,
+        "speedup_1_row_no_guesses": few_plain / bare,
         "seconds_vs_generate": against_generate(model, gen, index, contexts),
         "seconds_vs_generate_1_row": against_generate(model, gen, index, contexts[:1]),
         "same_text": same_text(model, prompts, plain_written, many.written),
-        "same_text_1_row": same_text(model, prompts[:few], plain_written[:few], one.written),
-        "plain_answers_per_second": len(prompts) / sum(plain_seconds),
+        "same_text_1_row": statistics.mean(
+            same_text(model, [prompt], theirs.written, ours.written)
+            for prompt, (theirs, ours, _) in zip(prompts, alone, strict=False)
+        ),
+        "plain_answers_per_second": len(prompts) / plain_seconds,
         "answers_per_second": len(prompts) / many.seconds,
         "tokens_of_context": statistics.mean(map(len, plain_written)),
     }
-    for name, run in (("", many), ("_1_row", one)):
-        spent = run.session.seconds
-        parts = {"reading": spent.reading, "writing": spent.writing, "search": spent.searching, "head": spent.sampling}
-        figures |= {f"{part}_share{name}": seconds / run.seconds for part, seconds in parts.items()}
-        figures[f"first_token_seconds{name}"] = statistics.median(run.first)
-        figures[f"seconds_per_token{name}"] = run.seconds / sum(map(len, run.written))
+    for name, runs in (("", [many]), ("_1_row", [ours for _, ours, _ in alone])):
+        seconds = sum(run.seconds for run in runs)
+        for part in ("reading", "writing", "searching", "sampling"):
+            share = sum(getattr(run.session.seconds, part) for run in runs) / seconds
+            figures[("search" if part == "searching" else part) + f"_share{name}"] = share
+        figures[f"first_token_seconds{name}"] = statistics.median(time for run in runs for time in run.first)
+        figures[f"seconds_per_token{name}"] = seconds / sum(run.sampled for run in runs)
     return figures
 
 
@@ -248,11 +275,11 @@ class PlainGen(NamedTuple):
 
 def plain_side(
     model: CoSupModel, gen: Any, index: FaissIndex, vectors: Vectors, prompts: list[list[int]], plans: Sequence[Plan]
-) -> tuple[list[float], list[list[int]]]:
-    """Seconds and ids of each answer. Candidates are found beforehand, outside the time."""
+) -> Answers:
+    """The answers one by one. Candidates are found beforehand, outside the time."""
     t = model.template
     head = gen.get_output_embeddings()
-    seconds, written = [], []
+    seconds, written = 0.0, []
     found = index.search(model.query(prompts), CANDIDATES)
     for prompt, hits, tokens in zip(prompts, found, plans, strict=True):
         candidates = index.get([hit.id for hit in hits])
@@ -263,9 +290,9 @@ def plain_side(
         answer, _ = plain.plain_answer(
             lm, prompt, vectors_ND, ids, ret=t.ret, cs=t.cs, ce=t.ce, eos=t.eos, max_length=MAX_LENGTH
         )
-        seconds.append(time.perf_counter() - started)
+        seconds += time.perf_counter() - started
         written.append(answer)
-    return seconds, written
+    return Answers(seconds, written)
 
 
 def our_side(model: CoSupModel, index: Index, prompts: list[list[int]], plans: Sequence[Plan], options: Options) -> Run:
@@ -273,6 +300,7 @@ def our_side(model: CoSupModel, index: Index, prompts: list[list[int]], plans: S
     session.plans = plans
     written: list[list[int]] = [[] for _ in prompts]
     first: dict[int, float] = {}
+    sampled = 0
     started = time.perf_counter()
     for prompt in prompts:
         session.submit(prompt)
@@ -280,9 +308,10 @@ def our_side(model: CoSupModel, index: Index, prompts: list[list[int]], plans: S
         for number, event in session.step():
             if isinstance(event, Token):
                 written[number].append(event.id)
+                sampled += not event.inserted
                 if not event.inserted:
                     first.setdefault(number, time.perf_counter() - started)
-    return Run(time.perf_counter() - started, written, list(first.values())[: options.rows], session)
+    return Run(time.perf_counter() - started, written, list(first.values()), sampled, session)
 
 
 def same_text(
