@@ -32,7 +32,7 @@ from cosup.train.parts import choose_trained, save_activations
 from cosup.train.step import backward_in_chunks, objective_loss
 
 _SAMPLED = 24  # batches looked at
-_TIMED_TOKENS = 8192  # of a step that is timed; a larger one is timed in part
+_TIMED_TOKENS = 2048  # of a step that is timed; a larger one is timed in part
 _REPEATS = 3
 _CUT = 4  # layers of a cut model
 _BYTES_TRAINED = 20  # of a bfloat16 weight with all that its training needs; a float32 one takes 16

@@ -46,7 +46,9 @@ def save_activations(model: CoSupModel) -> None:
     """Turns on activation checkpointing in both models."""
     for part in (model.gen, model.emb):
         inner: Any = part.get_base_model() if hasattr(part, "get_base_model") else part
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it, and warns of the old name
+        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def _frozen(recipe: Recipe) -> list[str]:
