@@ -1,8 +1,8 @@
 """The whole method on a real small model in one command: data, before, training, index, after, answers."""
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from cosup.config import Recipe, UserError, parse_recipe
 from cosup.data import Passage, Question, read_passages, read_questions
 from cosup.data.worldfacts import build_worldfacts
 from cosup.engine import Options
-from cosup.evaluate import Evaluation, Figure, evaluate_model
+from cosup.evaluate import Evaluation, evaluate_model
 from cosup.index import FaissIndex, build_index
 from cosup.model import CoSupModel
 from cosup.train import train_recipe
@@ -108,16 +108,14 @@ class Demo:
             return evaluate_model(model, index, questions, options=OPTIONS, on_progress=on_progress)
 
     def _index(self, model: CoSupModel, folder: Path) -> FaissIndex:
-        if (folder / "index.json").is_file() and FaissIndex(folder).fingerprint == model.fingerprint:
-            return FaissIndex(folder)
+        with suppress(UserError):  # none yet, or an older version's: built again
+            index = FaissIndex(folder)
+            if index.fingerprint == model.fingerprint:
+                return index
         passages: Sequence[Passage] = list(read_passages(self.data / "passages.jsonl"))
         with self._counter("indexing", len(passages), "passages") as on_progress:
             return build_index(passages, model, folder, on_progress=on_progress)
 
 
 def _load(folder: Path) -> Evaluation | None:
-    if not (folder / "figures.json").is_file():
-        return None
-    figures = json.loads((folder / "figures.json").read_text("utf-8"))
-    items = [json.loads(line) for line in (folder / "items.jsonl").read_text("utf-8").splitlines()]
-    return Evaluation({name: Figure(**figure) for name, figure in figures.items()}, items)
+    return Evaluation.load(folder) if (folder / "figures.json").is_file() else None
