@@ -118,7 +118,7 @@ def test_seconds_are_extrapolated_to_all_layers(recipe: Any, monkeypatch: pytest
         return 2.0 + gen + (0.0 if "emb" in model else 0.5 * emb)
 
     monkeypatch.setattr(module, "_sketched", watched)
-    monkeypatch.setattr(module, "_median_seconds", one_second_a_layer)
+    monkeypatch.setattr(module, "_seconds_of", one_second_a_layer)
     monkeypatch.setattr(module, "_updates", lambda *_: 3.0)
     sample = module._sample(made, 1)
     batch = min(sample.batches, key=lambda b: abs(module.tokens_of(b) - sample.tokens))
