@@ -86,6 +86,7 @@ def scripted(tiny: CoSupModel, script: list[int]) -> tuple[SimpleNamespace, Scri
         gen=gen,
         template=tiny.template,
         device=torch.device("cpu"),
+        context=512,
         fingerprint="same",
         queries=lambda states, contexts: states,
     )
