@@ -1,8 +1,9 @@
 """What goes over the wire: requests and answers of the OpenAI form, and the additions of cosup."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Finite = Field(allow_inf_nan=False)
 
@@ -79,9 +80,9 @@ class EmbeddingRequest(_In):
     """`POST /v1/embeddings`: texts as passages are embedded, by Emb_seq."""
 
     model: str
-    input: Annotated[str, Field(min_length=1)] | Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(min_length=1)
-    ]
+    input: (
+        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    )
     encoding_format: Literal["float", "base64"] | None = None
 
 
@@ -101,6 +102,15 @@ class PassageForm(BaseModel):
     text: Annotated[str, Field(min_length=1)]
     title: str = ""
     meta: dict[str, Any] = {}
+
+    @field_validator("meta")
+    @classmethod
+    def _plain(cls, meta: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(meta, allow_nan=False, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            raise ValueError("meta must be finite numbers, valid text and lists and objects of them") from None
+        return meta
 
 
 class AddRequest(BaseModel):
@@ -148,7 +158,7 @@ class UrlCitation(BaseModel):
 
 
 class Annotation(BaseModel):
-    """A citation in the OpenAI form. `url` is the passage's own, or else its path on this server."""
+    """A citation in the OpenAI form. `url` is empty where the passage names no http address."""
 
     type: Literal["url_citation"] = "url_citation"
     url_citation: UrlCitation

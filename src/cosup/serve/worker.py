@@ -236,5 +236,3 @@ def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None)
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: Any) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(function, *values)
-
-
