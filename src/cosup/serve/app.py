@@ -15,7 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cosup.config import UserError
 from cosup.data import Passage
@@ -27,7 +27,7 @@ from cosup.serve.guard import Guard, Refusal, error_body
 from cosup.serve.keys import Keys
 from cosup.serve.limits import Limits
 from cosup.serve.metrics import Metrics
-from cosup.serve.worker import BusyError, FailedError, Found, StoppedError, Worker
+from cosup.serve.worker import BusyError, FailedError, Found, Running, StoppedError, Worker
 
 T = TypeVar("T")
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -126,22 +126,22 @@ class _Server:
         arrived = time.perf_counter()
         options = self._options(body)
         prompt = self._prompt(body)
-        self.worker.admit()
+        running = await self.worker.submit(prompt, options)
         answer = Answer(self.name, prompt_tokens=len(prompt), events=body.cosup.events)
         self.metrics.tokens.labels("prompt").inc(len(prompt))
-        chunks = self._chunks(answer, prompt, options, arrived)
+        chunks = self._chunks(answer, running, arrived)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(_sse(chunks, answer, usage), media_type="text/event-stream")
-        await _unless_gone(request, _exhaust(chunks))
+            return _Stream(_sse(chunks, answer, usage), running)
+        try:
+            await _unless_gone(request, _exhaust(chunks))
+        finally:
+            running.close()
         return JSONResponse(answer.whole().model_dump(exclude_none=False))
 
-    async def _chunks(
-        self, answer: Answer, prompt: list[int], options: Options, arrived: float
-    ) -> AsyncIterator[list[dict[str, Any]]]:
+    async def _chunks(self, answer: Answer, running: Running, arrived: float) -> AsyncIterator[list[dict[str, Any]]]:
         last: float | None = None
-        # admitted before this generator begins; `answer` gives the place back whatever happens in it
-        async with asyncio.timeout(self.limits.request_seconds), aclosing(self.worker.answer(prompt, options)) as items:
+        async with asyncio.timeout(self.limits.request_seconds), aclosing(running.steps()) as items:
             async for each in items:
                 self.metrics.retrievals.inc(sum(isinstance(item, Found) for item in each))
                 if any(isinstance(item, Token) and item.text for item in each):
@@ -282,6 +282,20 @@ class _Server:
 
     def _card(self) -> wire.ModelCard:
         return wire.ModelCard(id=self.name, created=self.created)
+
+
+class _Stream(StreamingResponse):
+    """A stream that closes its request however it ends, also before it began."""
+
+    def __init__(self, content: AsyncIterator[str], running: Running):
+        super().__init__(content, media_type="text/event-stream")
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.close()
 
 
 async def _exhaust(chunks: AsyncIterator[Any]) -> None:

@@ -97,38 +97,35 @@ class Worker:
         self._inbox.put(None)
         self._thread.join()
 
-    def admit(self) -> None:
-        """Takes a place for a request, which `answer` gives back. Raises BusyError, StoppedError."""
+    async def submit(self, prompt: Sequence[int], options: Options) -> "Running":
+        """Takes a request; whoever gets it closes it.
+
+        Raises:
+            BusyError: rows and queue are full.
+            StoppedError: the server is shutting down.
+            UserError: the engine does not take the prompt.
+        """
         if not self.ready:
             raise StoppedError
         if self.open >= self.capacity:
             turns = (self.open - self.engine.options.rows + 1) / self.engine.options.rows
             raise BusyError(min(max(math.ceil(turns * self._mean_seconds), 1), 60))
-        self.open += 1
-
-    async def answer(self, prompt: Sequence[int], options: Options) -> AsyncIterator[list[Item]]:
-        """What happens to one admitted request, step by step. Closing the iterator frees its row.
-
-        Raises:
-            UserError: the engine does not take the prompt.
-            FailedError: the engine failed.
-        """
-        loop, out = asyncio.get_running_loop(), _Out()
-        number: int | None = None
-        started, done = loop.time(), False
+        loop = asyncio.get_running_loop()
+        running = Running(self, loop.time())
         try:
-            number = await self.call(lambda: self._submit(prompt, options, loop, out))
-            while not done:
-                items = await out.get()
-                if isinstance(items, Exception):
-                    raise items
-                done = isinstance(items[-1], Finished)
-                yield items
-            self._mean_seconds += 0.2 * (loop.time() - started - self._mean_seconds)
-        finally:
-            self.open -= 1
-            if not done:
-                self._inbox.put(lambda: self._leave(number, out))
+            running.number = await self.call(lambda: self._submit(prompt, options, loop, running.out))
+        except BaseException:
+            running.close()
+            raise
+        return running
+
+    def leave(self, running: "Running", *, seconds: float | None) -> None:
+        """A request has ended after so many seconds, or goes away before its end: None."""
+        self.open -= 1
+        if seconds is None:
+            self._inbox.put(lambda: self._leave(running.number, running.out))
+        else:
+            self._mean_seconds += 0.2 * (seconds - self._mean_seconds)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs a function on the thread, between two steps. Raises what it raises."""
@@ -155,11 +152,11 @@ class Worker:
         self._outs[number] = loop, out
         return number
 
-    def _leave(self, number: int | None, out: _Out) -> None:
-        """Whoever goes away before it was told its number is known by its queue."""
-        if number is None:
-            number = next((n for n, (_, other) in self._outs.items() if other is out), None)
-        if number is not None and self._outs.pop(number, None) is not None:
+    def _leave(self, number: int, out: _Out) -> None:
+        """A request that goes away before it was told its number is known by its queue."""
+        if number < 0:
+            number = next((n for n, (_, other) in self._outs.items() if other is out), -1)
+        if self._outs.pop(number, None) is not None:
             self._session.cancel(number)
 
     def _run(self) -> None:
@@ -222,6 +219,37 @@ class Worker:
             _tell(loop, out.put_nowait, FailedError())
         self._outs.clear()
         self._session = self.engine.session()
+
+
+class Running:
+    """A request that was taken.
+
+    Args:
+        worker: that works on it.
+        started: the loop's time.
+    """
+
+    def __init__(self, worker: Worker, started: float):
+        self.out, self.number = _Out(), -1
+        self._worker, self._started = worker, started
+        self._done = self._closed = False
+        worker.open += 1
+
+    async def steps(self) -> AsyncIterator[list[Item]]:
+        """What happens to it, step by step. Raises FailedError if the engine failed."""
+        while not self._done:
+            items = await self.out.get()
+            self._done = isinstance(items, Exception) or isinstance(items[-1], Finished)
+            if isinstance(items, Exception):
+                raise items
+            yield items
+
+    def close(self) -> None:
+        """Gives its place back, and its row if it has not ended."""
+        if not self._closed:
+            self._closed = True
+            seconds = asyncio.get_running_loop().time() - self._started
+            self._worker.leave(self, seconds=seconds if self._done else None)
 
 
 def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
