@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cosup.config import UserError
 from cosup.data import Passage
 from cosup.engine import Engine, Options, Token
-from cosup.index import Vectors
+from cosup.index.protocol import Vectors
 from cosup.serve import wire
 from cosup.serve.answers import Answer
 from cosup.serve.guard import Guard, Refusal, error_body
