@@ -106,6 +106,8 @@ class Answer:
         self.response = response
         if response.reason == "error":
             raise FailedError(response.error)
+        if rest := response.text[self._sent :]:  # half a character, which the engine keeps back to the end
+            yield self._chunk({"content": rest})
         for claim in response.claims[self._annotated :]:
             yield self._cite(claim)
         yield self._chunk({}, finish_reason=_reason(response))

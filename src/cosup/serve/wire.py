@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Finite = Field(allow_inf_nan=False)
 
@@ -12,6 +12,15 @@ class _In(BaseModel):
     """Fields of the OpenAI form that make no difference here are let through."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _valid_text(cls, data: Any) -> Any:
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError("the text holds half of a surrogate pair, or is nested too deeply") from None
+        return data
 
 
 class TextPart(_In):
@@ -113,7 +122,7 @@ class PassageForm(BaseModel):
         return meta
 
 
-class AddRequest(BaseModel):
+class AddRequest(_In):
     """`POST /v1/passages`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)

@@ -6,7 +6,7 @@ import math
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -235,7 +235,7 @@ class Running:
         self._done = self._closed = False
         worker.open += 1
 
-    async def steps(self) -> AsyncIterator[list[Item]]:
+    async def steps(self) -> AsyncGenerator[list[Item], None]:
         """What happens to it, step by step. Raises FailedError if the engine failed."""
         while not self._done:
             items = await self.out.get()
