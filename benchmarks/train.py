@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def main() -> None:
     examples, corpus = load(arguments)
     same = compute_dtype("auto", "cpu")
     steps = len(examples) // BATCH
-    ours, tokens = our_side(arguments.model, examples, corpus)
+    ours = our_side(arguments.model, examples, corpus)
+    tokens = [real_tokens(ours.model, corpus, examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
     seconds = {"cosup": timed(ours, steps=steps)}
     del ours
     seconds["plain float32"] = timed(plain_side(arguments.model, examples, corpus, torch.float32), steps=steps)
@@ -82,20 +84,28 @@ def load(arguments: argparse.Namespace) -> tuple[list[Example], dict[str, Passag
     return list(islice(convert(questions, passages=corpus), steps * BATCH)), corpus
 
 
-def our_side(name: str, examples: list[Example], corpus: dict[str, Passage]) -> tuple[Callable[[int], None], list[int]]:
-    """A step of ours, and the real tokens of every step."""
+@dataclass
+class Side:
+    """A model, its optimiser, and the loss of a step by its number."""
+
+    model: CoSupModel
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[int], torch.Tensor]
+
+
+def our_side(name: str, examples: list[Example], corpus: dict[str, Passage]) -> Side:
+    """Ours."""
     model = CoSupModel.start(ModelSection(gen=name))
     dtype = compute_dtype("auto", "cpu")
     model.to(dtype).train()
     collator = Collator(model.template, corpus, TrainSection())
     optimizer = (torch.optim.AdamW if dtype == torch.float32 else MasterAdamW)(model.parameters(), lr=1e-5, fused=True)
 
-    def step(number: int) -> None:
+    def loss(number: int) -> torch.Tensor:
         batch = collator(examples[number * BATCH : (number + 1) * BATCH])
-        loss, _ = objective_loss(model(batch), batch, objective="ntp+nsp", lambda_=1.0, temperature=0.05)
-        update(loss, model, optimizer)
+        return objective_loss(model(batch), batch, objective="ntp+nsp", lambda_=1.0, temperature=0.05)[0]
 
-    return step, [real_tokens(model, corpus, examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
+    return Side(model, optimizer, loss)
 
 
 def real_tokens(model: CoSupModel, corpus: dict[str, Passage], examples: list[Example]) -> int:
@@ -106,10 +116,8 @@ def real_tokens(model: CoSupModel, corpus: dict[str, Passage], examples: list[Ex
     return gen + sum(len(template.embedded(p, max_tokens=template.settings.max_passage_tokens)) for p in cited)
 
 
-def plain_side(
-    name: str, examples: list[Example], corpus: dict[str, Passage], dtype: torch.dtype
-) -> Callable[[int], None]:
-    """A step of `plain.py` on the same sequences."""
+def plain_side(name: str, examples: list[Example], corpus: dict[str, Passage], dtype: torch.dtype) -> Side:
+    """`plain.py` on the same sequences."""
     model = CoSupModel.start(ModelSection(gen=name))
     template, pad = model.template, model.template.tokenizer.pad_token_id
     for part in (model.gen, model.emb):
@@ -117,7 +125,7 @@ def plain_side(
     model.to(dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
-    def step(number: int) -> None:
+    def loss(number: int) -> torch.Tensor:
         chosen = examples[number * BATCH : (number + 1) * BATCH]
         rendered = [template.render(example, corpus) for example in chosen]
         cited = [corpus[part.passage] for example in chosen for part in example.evidence]
@@ -126,32 +134,36 @@ def plain_side(
             [template.embedded(p, max_tokens=template.settings.max_passage_tokens) for p in cited],
             pad,
         )
-        update(plain.plain_loss(model.gen, model.emb, batch), model, optimizer)
+        return plain.plain_loss(model.gen, model.emb, batch)
 
-    return step
-
-
-def update(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    return Side(model, optimizer, loss)
 
 
-def timed(step: Callable[[int], None], *, steps: int) -> list[float]:
+def step(side: Side, number: int) -> None:
+    """Forward, backward, clipping and AdamW."""
+    side.loss(number).backward()
+    torch.nn.utils.clip_grad_norm_(side.model.parameters(), 1.0)
+    side.optimizer.step()
+    side.optimizer.zero_grad()
+
+
+def timed(side: Side, *, steps: int) -> list[float]:
     """Seconds of each step but the first, which warms up."""
     seconds = []
     for number in range(steps):
         started = time.perf_counter()
-        step(number)
+        step(side, number)
         seconds.append(time.perf_counter() - started)
     return seconds[1:]
 
 
-def report(arguments: argparse.Namespace, figures: dict[str, float], dtype: torch.dtype) -> None:
+def report(
+    arguments: argparse.Namespace, figures: dict[str, float], dtype: torch.dtype, *, benchmark: str = "train"
+) -> None:
+    """The line of JSON that every benchmark ends with."""
     has = torch.cpu.get_capabilities()
     line = {
-        "benchmark": "train",
+        "benchmark": benchmark,
         "figures": {name: round(value, 3) for name, value in figures.items()},
         "config": {
             "model": arguments.model,

@@ -39,9 +39,19 @@ def test_both_sides_of_the_training_benchmark_read_the_same_tokens(
         return collate(rows, passages, pad)
 
     monkeypatch.setattr(benchmark.plain, "collate", counting)
-    _, (tokens,) = benchmark.our_side(str(tiny_lm), examples, corpus)
-    benchmark.plain_side(str(tiny_lm), examples, corpus, benchmark.torch.float32)(0)
-    assert seen["plain"] == tokens
+    ours = benchmark.our_side(str(tiny_lm), examples, corpus)
+    benchmark.plain_side(str(tiny_lm), examples, corpus, benchmark.torch.float32).loss(0)
+    assert seen["plain"] == benchmark.real_tokens(ours.model, corpus, examples)
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_prints_every_figure_as_one_json_line(tiny_lm: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "memory.py", "--quick", "--model", tiny_lm]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == "memory"
+    assert {"train_memory_ratio", "cached_memory_ratio"} <= set(line["figures"])
 
 
 def test_the_engine_benchmark_prints_every_figure_and_both_sides_write_the_same(tiny_lm: Path, tmp_path: Path) -> None:

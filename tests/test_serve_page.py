@@ -1,0 +1,62 @@
+"""The page, in a headless browser."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_serve import running
+
+from cosup.data import Passage
+from cosup.engine import Engine, Options
+from cosup.index import FaissIndex, build_index
+from cosup.model import CoSupModel
+
+pytestmark = pytest.mark.slow
+EVIL = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\">"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+
+
+@pytest.fixture
+def address(tiny: CoSupModel, tmp_path: Path) -> Iterator[str]:
+    build_index([Passage("evil", EVIL, EVIL)], tiny, tmp_path / "index")
+    with running(Engine(tiny, FaissIndex(tmp_path / "index"), Options(rows=2))) as address:
+        yield address
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: install Debian's package chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_page(viewport={"width": 360, "height": 700})
+        page.goto(address)
+        yield page
+        browser.close()
+
+
+def test_an_answer_streams_and_its_citation_opens_the_passage_as_text(page: Any) -> None:
+    page.click("summary")
+    page.check("#retrieve_first")
+    page.fill("#max_tokens", "8")
+    page.fill("#question", "Which city?")
+    page.keyboard.press("Enter")
+    page.click(".cite")
+    page.wait_for_selector("#passage[open]")
+    assert page.text_content("#text") == EVIL
+    assert page.text_content("#title") == EVIL
+    assert page.title() == "cosup"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_an_error_is_told(page: Any) -> None:
+    page.click("summary")
+    page.fill("#max_tokens", "99999")
+    page.fill("#question", "Which city?")
+    page.evaluate("document.getElementById('form').requestSubmit()")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "max_tokens" in page.text_content("#error")
