@@ -4,8 +4,12 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,23 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Path) -> Path:
     return place
 
 
+def answers_healthz(command: str, place: Path, environment: dict[str, str]) -> bool:
+    """Whether a server that a command starts says that it is well; it is stopped afterwards."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(shlex.split(f"{command} --port {port}"), cwd=place, env=environment)
+    try:
+        for _ in range(300):
+            assert process.poll() is None, f"{command} ended by itself"
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+                return bool(answer.status == 200)
+            time.sleep(0.2)
+        return False
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
 @pytest.mark.slow
 def test_readme_commands_run(place: Path) -> None:
     environment = os.environ | {
@@ -54,6 +75,9 @@ def test_readme_commands_run(place: Path) -> None:
     ran = []
     for command in commands():
         if command.startswith(NOT_HERE):
+            continue
+        if command.startswith("cosup serve"):
+            assert answers_healthz(command, place, environment)
             continue
         shorter = SHORTER.get(command.split()[1], "")
         done = subprocess.run(
