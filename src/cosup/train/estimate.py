@@ -33,8 +33,9 @@ from cosup.train.step import backward_in_chunks, objective_loss
 
 _SAMPLED = 24  # batches looked at
 _TIMED_TOKENS = 2048  # of a step that is timed; a larger one is timed in part
-_REPEATS = 5
+_REPEATS = 3
 _CUT = 4  # layers of a cut model
+_SMALL = 500e6  # weights of models that are timed as they are
 _BYTES_TRAINED = 20  # of a bfloat16 weight with all that its training needs; a float32 one takes 16
 _GB = 1e9
 
@@ -366,10 +367,12 @@ def _whole_depth(recipe: Recipe, deep: CoSupModel, measure: Callable[[CoSupModel
     return total
 
 
-def _timed_layers(recipe: Recipe) -> int:
-    """How many layers a model that is timed keeps: few where they are large."""
-    one, two = (sum(p.numel() for p in sketch(recipe.model, layers=n).gen.parameters()) for n in (1, 2))
-    return _CUT if two - one < 20e6 else 2
+def _timed_layers(recipe: Recipe) -> int | None:
+    """How many layers a model that is timed keeps: all where it is small, and few where they are large."""
+    whole, one, two = (sum(p.numel() for p in sketch(recipe.model, layers=n).parameters()) for n in (None, 1, 2))
+    if whole < _SMALL:
+        return None
+    return _CUT if two - one < 40e6 else 2
 
 
 def _cut(model: CoSupModel, part: str) -> CoSupModel:
