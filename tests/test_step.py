@@ -16,6 +16,8 @@ from cosup.data import Evidence, Example, Passage, Text
 from cosup.model import Batch, CoSupModel, chunk_count, chunks
 from cosup.model.core import Output
 from cosup.train import Collator, backward_in_chunks, objective_loss
+from cosup.train.checkpoints import is_sharded, whole_weights
+from cosup.train.parts import save_activations
 
 PASSAGES = [Passage(f"p{i}", f"{text} ({i})", "Title") for i, text in enumerate(["Oslo", "krone", "iron, gold"] * 4)]
 
@@ -100,6 +102,10 @@ def every_case(rank: int, folder: Path, model_folder: Path) -> None:
                 result = {"loss": loss / 2} | gradients(model)
                 if rank == 0:
                     save_file({k: v.contiguous() for k, v in result.items()}, folder / f"{way}.{objective}.{case}")
+            if is_sharded(model):
+                whole = whole_weights(model)
+                if rank == 0:
+                    save_file({k: v.clone() for k, v in whole.items()}, folder / "whole")
 
 
 def wrap(model: CoSupModel, way: str, objective: Objective) -> Any:
@@ -141,6 +147,23 @@ def test_two_processes_give_the_loss_and_every_gradient_of_one(
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
         moved += bool(gradient.norm() > 1e-9)
     assert moved > 10 or (objective == "nsp" and case == "zero on all ranks")  # or the test would say nothing
+
+
+def test_sharded_weights_are_gathered_whole(distributed: Path, tiny: CoSupModel) -> None:
+    whole, expected = load_file(distributed / "whole"), tiny.state_dict()
+    assert set(whole) == set(expected)
+    assert all(torch.equal(weight, whole[name]) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_activation_checkpointing_changes_neither_loss_nor_gradient(tiny: CoSupModel, chunk: int | None) -> None:
+    batch = collate(tiny.train(), CASES["uneven"][0], "ntp+nsp")
+    loss = step(tiny, batch, "ntp+nsp", chunk=None)
+    expected = gradients(tiny)
+    save_activations(tiny)
+    assert step(tiny, batch, "ntp+nsp", chunk=chunk).item() == pytest.approx(loss.item(), rel=1e-12)
+    for name, gradient in gradients(tiny).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture

@@ -4,11 +4,15 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from cosup.config import UserError
 from cosup.files import atomic_file, sha256
@@ -23,10 +27,28 @@ _MANIFEST = "checksums.json"
 _KEPT = 2
 
 
-def save_trained(model: CoSupModel, folder: Path) -> None:
-    """Writes the weights that are trained to `model.safetensors`; the others are those that the recipe starts from."""
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+def save_trained(model: CoSupModel, folder: Path, *, whole: Mapping[str, Tensor] | None = None) -> None:
+    """Writes the weights that are trained to `model.safetensors`; the others are those that the recipe starts from.
+
+    Args:
+        model: knows which are trained.
+        folder: is there.
+        whole: the weights by name, where those of `model` are sharded.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: (whole[name] if whole else p).detach().contiguous() for name, p in trained.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 spreads the weights over processes."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights that FSDP2 spreads, gathered in the first process's memory; every process has to call it."""
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast(dict[str, Tensor], gathered)
 
 
 def load_trained(model: CoSupModel, folder: Path) -> None:
@@ -39,12 +61,6 @@ def load_trained(model: CoSupModel, folder: Path) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             trained[name].copy_(weight)
-
-
-def names_in(folder: Path) -> set[str]:
-    """The names of the weights in a checkpoint."""
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return set(file.keys())
 
 
 def finish_checkpoint(folder: Path, step: int, *, best: Path | None) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from transformers import TrainerCallback
 
 from cosup.config import Recipe, UserError, dump_recipe, load_recipe
 from cosup.files import atomic_file, explained
 from cosup.model import CoSupModel, compute_dtype
 from cosup.template import TemplateSettings
-from cosup.train.checkpoints import newest_checkpoint
+from cosup.train.checkpoints import is_sharded, newest_checkpoint, whole_weights
 from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, TrainingData, load_data
 from cosup.train.estimate import expectations
 from cosup.train.parts import choose_trained, save_activations
@@ -71,9 +72,11 @@ def train_recipe(
             len(model.template.shortened),
             recipe.data.max_passage_tokens,
         )
+    weights = whole_weights(model) if is_sharded(model) else None
     if processes.is_main_process:
         plot_curves(run)
-        model.save(run / "model", card=model_card(recipe, trainer.state.log_history))
+        finished = model if weights is None else _filled(recipe, weights)
+        finished.save(run / "model", card=model_card(recipe, trainer.state.log_history))
     processes.wait_for_everyone()
     return run
 
@@ -86,6 +89,13 @@ def start_model(recipe: Recipe) -> CoSupModel:
     choose_trained(model, recipe)
     if recipe.train.activation_checkpointing:
         save_activations(model)
+    return model
+
+
+def _filled(recipe: Recipe, weights: dict[str, Tensor]) -> CoSupModel:
+    """A model in this process alone, with weights that were gathered from all."""
+    model = start_model(recipe).to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
     return model
 
 

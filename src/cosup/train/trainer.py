@@ -196,7 +196,7 @@ class CoSupTrainer(Trainer):
         assert output_dir is not None
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.accelerator.unwrap_model(self.model), folder)
+        save_trained(self.accelerator.unwrap_model(self.model), folder, whole=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
