@@ -79,7 +79,7 @@ def in_chunks(side: Side, examples: list[Example], corpus: dict[str, Passage], c
 
 def with_negatives(examples: list[Example], corpus: dict[str, Passage], candidates: int) -> list[Example]:
     """The examples with negatives for so many distinct candidates in all."""
-    golds = {part.passage for example in examples for part in example.evidence}
+    golds = {example.evidence[0].passage for example in examples}
     others = iter(list(islice((id for id in corpus if id not in golds), candidates - len(golds))))
     share = -(-(candidates - len(golds)) // len(examples))
     changed = []

@@ -253,10 +253,10 @@ def test_smollm2_learns_to_retrieve_with_the_real_encoder(tmp_path: Path) -> Non
             "name": "minilm",
             "model": {"gen": "smollm2-135m", "emb": ALL_MINILM},
             "data": {"folder": str(tmp_path / "data"), "train": ["train.jsonl"], "passages": ["passages.jsonl"]},
-            "train": {"batch_size": 4, "max_steps": 8, "learning_rate": 3e-4, "log_steps": 1, "dtype": "float32"},
+            "train": {"batch_size": 8, "max_steps": 30, "learning_rate": 3e-4, "log_steps": 1, "dtype": "float32"},
         }
     )
     run = train_recipe(recipe, tmp_path / "run")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["nsp"] for row in rows if "nsp" in row]
-    assert sum(losses[-3:]) < sum(losses[:3]) - 1
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])

@@ -164,12 +164,10 @@ class Worker:
             if not (self._session.active or self._session.waiting):
                 continue
             try:
-                events = self._session.step()
-            except Exception:
-                log.exception("the engine failed; its requests end, and it starts again")
+                self._deliver(self._session.step())
+            except Exception as e:  # its message could hold a prompt, so it is not logged
+                log.error("the engine failed (%s); its requests end, and it starts again", type(e).__name__)
                 self._fail_all()
-                continue
-            self._deliver(events)
         self._fail_all()
 
     def _take(self) -> bool:
