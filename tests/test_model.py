@@ -150,6 +150,15 @@ def test_a_newer_or_damaged_model_folder_is_refused(tiny: CoSupModel, tmp_path: 
         CoSupModel.load(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("file", ["gen/model.safetensors", "emb/config.json", "emb/tokenizer.json"])
+def test_a_damaged_model_file_is_one_sentence(tiny: CoSupModel, tmp_path: Path, file: str) -> None:
+    tiny.save(tmp_path / "m")
+    damaged = tmp_path / "m" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"the model at .* is damaged"):
+        CoSupModel.load(tmp_path / "m", device="cpu")
+
+
 def test_a_passage_longer_than_the_context_is_refused(tiny: CoSupModel) -> None:
     with pytest.raises(UserError, match=r"passage 'long' has .* tokens, and the model reads at most 512.*cosup ingest"):
         tiny.embed_passages([Passage("long", "gold " * 600)])

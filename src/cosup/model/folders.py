@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -81,15 +84,27 @@ def read(folder: Path, dtype: torch.dtype) -> Parts:
     """Opens a model folder, or that of a run. Raises UserError for what `CoSupModel.load` says."""
     folder = find_model(folder)
     settings = read_settings(folder)
-    with quiet():
+    with quiet(), _explained(folder):
         gen, tokenizer = _load_part(folder / "gen", AutoModelForCausalLM, dtype, settings)
         if settings.emb_is_gen:
             emb, emb_tokenizer = body_of(gen), tokenizer
         else:
             emb, emb_tokenizer = _load_part(folder / "emb", AutoModel, dtype, settings)
-    projection = folder / "projection.safetensors"
-    weights = load_file(projection) if projection.is_file() else {}
+        projection = folder / "projection.safetensors"
+        weights = load_file(projection) if projection.is_file() else {}
     return Parts(gen, emb, tokenizer, emb_tokenizer, weights, settings)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns what the libraries say of missing or damaged files into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"the model at {folder} is damaged ({reason}); copy it again, or export it again") from None
 
 
 def read_settings(folder: Path) -> ModelSettings:

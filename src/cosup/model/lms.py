@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
@@ -106,7 +107,7 @@ def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
         with quiet():
             source = place if place.is_dir() else name
             return kind.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(
             f"the model {name!r} can't be loaded ({reason}); name `{SMOLLM2}`, a local folder, or a Hugging Face "
