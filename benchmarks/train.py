@@ -30,7 +30,7 @@ from cosup.data import Example, Passage, read_passages, read_questions
 from cosup.data.convert import convert
 from cosup.data.worldfacts import worldfacts
 from cosup.model import CoSupModel, compute_dtype
-from cosup.train import Collator, MasterAdamW, objective_loss
+from cosup.train import Collator, MasterAdamW, compile_layers, objective_loss
 
 BATCH = 16
 
@@ -98,6 +98,7 @@ def our_side(name: str, examples: list[Example], corpus: dict[str, Passage]) -> 
     model = CoSupModel.start(ModelSection(gen=name))
     dtype = compute_dtype("auto", "cpu")
     model.to(dtype).train()
+    compile_layers(model, "auto")
     collator = Collator(model.template, corpus, TrainSection())
     optimizer = (torch.optim.AdamW if dtype == torch.float32 else MasterAdamW)(model.parameters(), lr=1e-5, fused=True)
 

@@ -9,7 +9,7 @@ from cosup.model import CoSupModel
 
 def whole(model: CoSupModel, ids: list[int]) -> torch.Tensor:
     """States [T, D] of one sequence, read at once and without a cache."""
-    out = model.gen.base_model(input_ids=torch.tensor([ids]), seq_lens=[len(ids)], use_cache=False)
+    out = model.gen.base_model(input_ids=torch.tensor([ids]), seq_lens=torch.tensor([len(ids)]), use_cache=False)
     return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
 

@@ -236,7 +236,7 @@ def _states_and_tokens(model: CoSupModel, ids: Sequence[int], labels: Sequence[i
     """States [T, D] before the labelled tokens of one sequence, and these tokens."""
     places = [place for place in range(1, len(ids)) if labels[place] >= 0]
     ids_1T = torch.tensor([list(ids)], device=model.device)
-    out = model.gen.base_model(input_ids=ids_1T, seq_lens=[len(ids)], use_cache=False)
+    out = model.gen.base_model(input_ids=ids_1T, seq_lens=torch.tensor([len(ids)]), use_cache=False)
     states: Array = out.last_hidden_state[0, [place - 1 for place in places]].float().cpu().numpy()
     return states, [labels[place] for place in places]
 

@@ -124,6 +124,8 @@ class TrainSection(Section):
     """Ends earlier, after so many minutes; warm-up and schedule follow whichever limit comes first."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; `auto` takes bfloat16 where the hardware multiplies in it, else float32. Losses are float32."""
+    compile: Literal["auto"] | bool = "auto"
+    """Fuse each layer's elementwise work by torch.compile; `auto`: models of 50M parameters or more, on one CPU."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Losses and in-batch accuracy on `data.dev` every so many steps; the model that did best is the one kept."""
     save_steps: Annotated[int, Field(ge=0)] = 0

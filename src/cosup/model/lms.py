@@ -207,13 +207,23 @@ def keep_layers(body: Any, count: int) -> None:
     total = body.config.num_hidden_layers
     if count > total:
         raise UserError(f"model.emb_layers is {count}, but Emb_seq has only {total} layers")
-    for holder in (body, *(child for child in body.children() if not isinstance(child, nn.ModuleList))):
-        for name, child in holder.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == total:
-                setattr(holder, name, child[:count])
+    for holder, name, layers in list(_layer_lists(body)):
+        setattr(holder, name, layers[:count])
     body.config.num_hidden_layers = count
     if getattr(body.config, "layer_types", None):
         body.config.layer_types = body.config.layer_types[:count]
+
+
+def layers_of(body: Any) -> list[nn.Module]:
+    """The transformer layers of a body, in order; adapters are inside them."""
+    return [layer for _, _, layers in _layer_lists(body) for layer in layers]
+
+
+def _layer_lists(body: Any) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
+    for holder in (body, *(child for child in body.children() if not isinstance(child, nn.ModuleList))):
+        for name, child in holder.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == body.config.num_hidden_layers:
+                yield holder, name, child
 
 
 def refuse_unsupported(config: Any) -> None:

@@ -129,7 +129,8 @@ def batches_by_tokens(lengths: Sequence[int], tokens: int) -> Iterator[list[int]
 def packed(body: nn.Module, ids_S: Tensor, lengths: list[int]) -> Tensor:
     """Last hidden states [S, D] of sequences laid end to end."""
     positions_S = torch.cat([torch.arange(length, device=ids_S.device) for length in lengths])
-    out = body(input_ids=ids_S[None], position_ids=positions_S[None], seq_lens=lengths, use_cache=False)
+    # the lengths as a tensor on the CPU: what is compiled would be compiled anew for every other list of numbers
+    out = body(input_ids=ids_S[None], position_ids=positions_S[None], seq_lens=torch.tensor(lengths), use_cache=False)
     states_SD: Tensor = out.last_hidden_state[0]
     return states_SD
 
@@ -153,15 +154,15 @@ def attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    seq_lens: list[int] | None = None,
+    seq_lens: Tensor | None = None,
     attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed sequences, and of the engine's rows, in transformers' interface.
 
-    With `seq_lens`, the one row holds several sequences, each blind to the others, and causal unless the module says
-    that it is not; a loop over them is faster on a CPU than any mask over the packed row. With `attend`, the engine's
-    cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is.
+    With `seq_lens`, the one row holds several sequences of these lengths, each blind to the others, and causal unless
+    the module says that it is not; a loop over them is faster on a CPU than any mask over the packed row. With
+    `attend`, the engine's cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is.
     """
     if attend is not None:
         return attend(query_BHTd, key_BHTd, value_BHTd, scaling).transpose(1, 2), None
@@ -171,12 +172,28 @@ def attention(
         )
         return out.transpose(1, 2), None
     causal = getattr(module, "is_causal", True)
-    parts = zip(*(x.split(seq_lens, 2) for x in (query_BHTd, key_BHTd, value_BHTd)), strict=True)
+    out_BHTd = _one_by_one(query_BHTd, key_BHTd, value_BHTd, seq_lens, causal=causal, scale=scaling, dropout=dropout)
+    return out_BHTd.transpose(1, 2), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled anew for every other list of lengths
+def _one_by_one(
+    query_BHTd: Tensor,
+    key_BHTd: Tensor,
+    value_BHTd: Tensor,
+    seq_lens: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attention [B, H, T, d] of each sequence alone."""
+    parts = zip(*(x.split(seq_lens.tolist(), 2) for x in (query_BHTd, key_BHTd, value_BHTd)), strict=True)
     outs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, dropout_p=dropout, enable_gqa=True)
+        F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=True)
         for q, k, v in parts
     ]
-    return torch.cat(outs, 2).transpose(1, 2), None
+    return torch.cat(outs, 2)
 
 
 AttentionInterface.register(ATTENTION, attention)

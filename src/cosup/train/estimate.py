@@ -27,6 +27,7 @@ from cosup.model import Batch, CoSupModel, chunk_count, chunks, compute_dtype, s
 from cosup.model.lms import body_of, keep_layers, load_tokenizer
 from cosup.template import Template, TemplateSettings, with_control_tokens
 from cosup.train.collate import Collator, NeighbourSampler, TrainingData, load_data
+from cosup.train.compiled import compile_layers
 from cosup.train.optimizer import adamw
 from cosup.train.parts import choose_trained, save_activations
 from cosup.train.step import backward_in_chunks, objective_loss
@@ -339,6 +340,7 @@ def _seconds(recipe: Recipe, sample: Sample) -> float:
     timed = _on(_within(batch, _TIMED_TOKENS), _device())
     scale = sample.tokens / tokens_of(timed)
     model = _sketched(recipe, layers=_timed_layers(recipe), device=_device())
+    compile_layers(model, recipe.train.compile, size=_size(recipe))
     updates = _updates(model, recipe)
 
     def passes(model: CoSupModel) -> float:
@@ -367,9 +369,14 @@ def _whole_depth(recipe: Recipe, deep: CoSupModel, measure: Callable[[CoSupModel
     return total
 
 
+def _size(recipe: Recipe, layers: int | None = None) -> int:
+    """Parameters of both models, or of as many of their layers."""
+    return sum(p.numel() for p in sketch(recipe.model, layers=layers).parameters())
+
+
 def _timed_layers(recipe: Recipe) -> int | None:
     """How many layers a model that is timed keeps: all where it is small, and few where they are large."""
-    whole, one, two = (sum(p.numel() for p in sketch(recipe.model, layers=n).parameters()) for n in (None, 1, 2))
+    whole, one, two = (_size(recipe, n) for n in (None, 1, 2))
     if whole < _SMALL:
         return None
     return _CUT if two - one < 40e6 else 2

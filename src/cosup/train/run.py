@@ -22,6 +22,7 @@ from cosup.model import CoSupModel, compute_dtype
 from cosup.template import TemplateSettings
 from cosup.train.checkpoints import is_sharded, newest_checkpoint, whole_weights
 from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, TrainingData, load_data
+from cosup.train.compiled import compile_layers
 from cosup.train.estimate import expectations
 from cosup.train.parts import choose_trained, save_activations
 from cosup.train.trainer import CoSupTrainer, MetricsFile
@@ -59,9 +60,10 @@ def train_recipe(
     model = start_model(recipe)
     data = load_data(recipe, model.template)
     model.to(compute_dtype(recipe.train.dtype, processes.device.type))
+    compiled = compile_layers(model, recipe.train.compile)
     if processes.is_main_process:
         _claim(run, recipe)
-        on_start(_summary(recipe, model, data) | expectations(recipe, model, data))
+        on_start(_summary(recipe, model, data, compiled=compiled) | expectations(recipe, model, data))
     processes.wait_for_everyone()
     trainer = _trainer(recipe, model, data, run, callbacks if processes.is_main_process else ())
     with explained(run):
@@ -177,7 +179,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str, str]:
+def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData, *, compiled: bool) -> dict[str, str]:
     """What is shown before a run of what the recipe says; see `expectations` for what follows from it."""
     section = recipe.train
     limits = [(f"{section.epochs:g}", "epochs"), (section.max_steps, "steps"), (section.max_minutes, "minutes")]
@@ -185,7 +187,7 @@ def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[str,
         "objective": section.objective + (f", lambda {section.lambda_:g}" if section.objective == "ntp+nsp" else ""),
         "examples": f"{len(data.examples):,} over {len(data.passages):,} passages, {section.batch_size} a step",
         "until": " or ".join(f"{limit} {unit}" for limit, unit in limits if limit),
-        "computes in": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "computes in": str(next(model.parameters()).dtype).removeprefix("torch.") + (", compiled" if compiled else ""),
     }
     if data.left_out:
         table["left out"] = ", ".join(f"{count:,} ({reason})" for reason, count in data.left_out.items())

@@ -1,0 +1,79 @@
+"""Compiled layers give the gradients of plain ones."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_step import cites, collate, gradients, says, step
+
+from cosup.config import UserError
+from cosup.model import CoSupModel
+from cosup.train import compile_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's compiler raises warnings at work, and filters them itself
+
+ONE = [cites("a", "p0", negatives=("p5",)), says("b"), cites("c", "p1", "p2")]
+OTHER = [cites("d", "p3"), cites("e", "p0", "p4", "p1")]
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What other tests compiled is not taken for what this one does."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_losses_and_gradients_are_those_of_plain_layers_for_any_lengths_and_batches(
+    tiny_folder: Path, chunk: int | None, forgotten: None
+) -> None:
+    plain, compiled = (CoSupModel.load(tiny_folder, dtype="float64", device="cpu").train() for _ in range(2))
+    names = list(compiled.state_dict())
+    assert compile_layers(compiled, True)
+    for examples in (ONE, OTHER):
+        batch = collate(plain, examples, "ntp+nsp")
+        loss, same = (step(model, batch, "ntp+nsp", chunk=chunk) for model in (plain, compiled))
+        # Llama's norms compute in float32 whatever they are given
+        torch.testing.assert_close(same, loss, rtol=1e-6, atol=0)
+        expected = gradients(plain)
+        assert any(bool(grad.any()) for grad in expected.values())
+        torch.testing.assert_close(gradients(compiled), expected, rtol=1e-4, atol=1e-6)
+    assert list(compiled.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_other_lengths_are_not_compiled_anew(tiny_folder: Path, forgotten: None) -> None:
+    model = CoSupModel.load(tiny_folder, dtype="float64", device="cpu").train()
+    compile_layers(model, True)
+    step(model, collate(model, ONE, "ntp+nsp"), "ntp+nsp", chunk=None)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step(model, collate(model, OTHER, "ntp+nsp"), "ntp+nsp", chunk=None)
+        step(model, collate(model, [*OTHER, *ONE], "ntp+nsp"), "ntp+nsp", chunk=None)
+
+
+def test_auto_leaves_small_models_and_those_that_share_a_step_as_they_are(
+    tiny: CoSupModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda work: work)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **_: None)
+    assert not compile_layers(tiny, "auto")
+    assert not compile_layers(tiny, False)
+    assert compile_layers(tiny, "auto", size=135_000_000)
+    monkeypatch.setattr("cosup.train.compiled.several_processes", lambda: True)
+    assert not compile_layers(tiny, "auto", size=135_000_000)
+
+
+def test_without_a_compiler_auto_goes_on_and_true_is_refused_in_a_sentence(
+    tiny: CoSupModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiler_missing(work: Any) -> Any:
+        raise RuntimeError("no C++ compiler was found\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", compiler_missing)
+    assert not compile_layers(tiny, "auto", size=135_000_000)
+    with pytest.raises(UserError, match=r"train.compile is true, but .* \(no C\+\+ compiler was found\)"):
+        compile_layers(tiny, True)
