@@ -315,7 +315,7 @@ def test_an_older_format_is_refused_with_what_to_do(folder):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Files of more than 1 MiB, of which opening reads only samples."""
+    """Passages of more than 1 MiB, of which opening reads only samples."""
     passages = [Passage(f"p{i}", f"text {i} " + "x" * 2000, "", {"n": i}) for i in range(3000)]
     return build_index(passages, FakeEmbedder(), tmp_path_factory.mktemp("large") / "index", kind="hnsw")
 
@@ -357,6 +357,25 @@ def test_damage_in_one_batch_of_passages_is_found_when_it_is_read_and_the_others
     assert opened.get(["p2999"])[0].id == "p2999"
     with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
         list(opened)
+
+
+class WideEmbedder(FakeEmbedder):
+    """So wide that few vectors fill a file of which opening reads only samples."""
+
+    dim = 4096
+
+    def embed_passages(self, passages: Sequence[Passage]) -> np.ndarray:
+        return np.tile(super().embed_passages(passages), self.dim // DIM)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_changed_byte_anywhere_in_the_vectors_is_found_on_opening(dtype, tmp_path):
+    index = build_index(_passages(500), WideEmbedder(), tmp_path / "index", dtype=dtype)
+    path = _path(index, "vectors")
+    size = path.stat().st_size
+    assert size > 16 << 16
+    _damage(path, [(size - (1 << 16)) * 3 // 30 + (1 << 15)])  # halfway between two sampled blocks
+    assert f"{path} is damaged" in _refused(index.folder)
 
 
 @pytest.mark.parametrize("part", ["faiss", "ids", "meta"])

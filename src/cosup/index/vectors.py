@@ -17,6 +17,7 @@ from cosup.index.mapped import MappedFile
 from cosup.index.protocol import Rows, Vectors
 
 _BLOCK = 1 << 16  # rows decoded at a time
+_VERIFIED = 64 << 20  # bytes: reading so many takes less than a tenth of a second; more would delay the opening
 Stored = npt.NDArray[Any]
 
 
@@ -63,10 +64,13 @@ class VectorFile:
         shape: what [N, D] must be.
 
     Raises:
-        UserError: it is another array than the manifest says.
+        UserError: it is another array than the manifest says, or one of at most 64 MiB has a byte that was not written.
     """
 
     def __init__(self, file: MappedFile, scales: MappedFile | None, *, shape: tuple[int, int]):
+        for part in (file, scales):
+            if part is not None and part.entry.bytes <= _VERIFIED:
+                part.verify()
         self._stored_ND = file.array()
         self._scales_N = None if scales is None else scales.array()
         if self._stored_ND.shape != shape or (self._scales_N is not None and self._scales_N.shape != shape[:1]):
