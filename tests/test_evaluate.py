@@ -224,6 +224,8 @@ def judged(question: Question, prediction: Prediction) -> dict[str, float]:
         "n#1": Passage("n#1", "Oslo governs Norway.", "Norway", {"page": "n"}),
         "n#2": Passage("n#2", "The krone is its money.", "Norway", {"page": "n"}),
         "g#1": Passage("g#1", "Gold is 79.", "Gold"),
+        "long": Passage("long", "Peru is long.", "Peru", {"parent": "long"}),
+        "long#2": Passage("long#2", "Lima governs it.", "Peru", {"parent": "long"}),
     }
     texts = PassageTexts(lambda ids: [corpus[id] for id in ids])
     scores: dict[str, float] = judge(question, prediction, texts=texts, labels=["SUPPORTS", "REFUTES"])["scores"]
@@ -249,6 +251,16 @@ def test_retrieval_is_judged_by_page_and_by_answer_where_no_passage_is_gold() ->
     by_answer = judged(Question("q", "zsre", "?", answers=["79"]), Prediction("q", retrieved=retrieved))
     assert (by_answer["free_answer_success@1"], by_answer["free_answer_mrr"]) == (0.0, 0.5)
     assert by_answer["forced_answer_success@20"] == 0.0
+
+
+def test_a_part_of_a_gold_passage_that_indexing_split_is_gold_and_its_parts_count_once() -> None:
+    retrieved = [["long#2", "long", "n#1"]]
+    prediction = Prediction("q", "Lima", ["Lima"], [[0, 4]], ["long#2"], forced=["g#1", "long#2"], retrieved=retrieved)
+    scores = judged(Question("q", "nq", "?", answers=["Lima"], gold=["long"]), prediction)
+    assert (scores["free_success@1"], scores["forced_success@1"], scores["forced_success@5"]) == (1.0, 0.0, 1.0)
+    assert (scores["free_precision@1"], scores["cited_precision"], scores["cited_recall"]) == (1.0, 1.0, 1.0)
+    second = judged(Question("q", "nq", "?", gold=["n#1"]), prediction)
+    assert second["free_mrr"] == 0.5
 
 
 def test_verdicts_and_readings_are_judged_by_their_own_rules() -> None:

@@ -95,6 +95,10 @@ class PassageTexts:
             self._normalized[id] = metrics.normalize_answer(f"{passage.title} {passage.text}")
         return self._normalized[id]
 
+    def whole(self, id: str) -> str:
+        """The id of the passage that this one is a part of, where indexing split a long one; else its own."""
+        return str(self.passage(id).meta.get("parent") or id)
+
     def page(self, id: str) -> str:
         """The page that a passage is of: `meta.page`, else its title, else itself."""
         passage = self.passage(id)
@@ -175,14 +179,16 @@ def _retrieval(question: Question, prediction: Prediction, texts: PassageTexts) 
     hops = rule_of(question.task).golds == "hops"
     for way, ranked in ways.items():
         if question.gold:
-            scores |= _ranking(f"{way}_", ranked, question.gold, hops=hops)
+            passages = metrics.first_of_each(map(texts.whole, ranked))
+            scores |= _ranking(f"{way}_", passages, question.gold, hops=hops)
         if pages:
             scores |= _ranking(f"{way}_page_", metrics.first_of_each(map(texts.page, ranked)), pages, hops=hops)
         if not question.gold and not pages and question.answers:
             scores |= _by_answer(f"{way}_answer_", ranked, question.answers, texts)
     if question.gold:
-        right = set(question.gold) & set(prediction.cited)
-        scores["cited_precision"] = len(right) / len(set(prediction.cited)) if prediction.cited else 0.0
+        cited = {texts.whole(id) for id in prediction.cited}
+        right = cited & set(question.gold)
+        scores["cited_precision"] = len(right) / len(cited) if cited else 0.0
         scores["cited_recall"] = len(right) / len(set(question.gold))
     return scores
 
