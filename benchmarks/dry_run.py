@@ -10,7 +10,6 @@ measured, and their ratios; 1 is exact.
 import argparse
 import itertools
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -20,8 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from report import report
 
 from cosup.config import Recipe, load_recipe
 from cosup.train import estimate_run, train_recipe
@@ -37,18 +35,7 @@ def main() -> None:
     figures = {f"{part}_{name}": value for part, values in parts.items() for name, value in values.items()}
     for name in ("step_seconds", "peak_gb"):
         figures[f"{name}_ratio"] = parts["expected"][name] / parts["measured"][name]
-    line = {
-        "benchmark": "dry_run",
-        "figures": {name: round(value, 3) for name, value in figures.items()},
-        "config": {"recipe": arguments.recipe.stem, "set": arguments.set, "steps": arguments.steps},
-        "hardware": {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": torch.get_num_threads()},
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    print(json.dumps(line))
+    report("dry_run", figures, {"recipe": arguments.recipe.stem, "set": arguments.set, "steps": arguments.steps})
 
 
 def alone(part: str) -> dict[str, float]:

@@ -21,8 +21,6 @@ plain side may insert a passage twice, ours never does).
 
 import argparse
 import copy
-import json
-import platform
 import random
 import statistics
 import tempfile
@@ -35,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import plain
 import torch
-import transformers
+from report import report
 from torch import Tensor, nn
 
 from cosup.config import ModelSection
@@ -75,7 +73,7 @@ def main() -> None:
         figures = measure(arguments, Path(folder))
     for name, value in figures.items():
         print(f"{name:28} {value:10.4f}")
-    report(arguments, figures)
+    report("engine", figures, config_of(arguments))
 
 
 def parse() -> argparse.Namespace:
@@ -347,29 +345,18 @@ def against_generate(model: CoSupModel, gen: Any, index: Index, contexts: list[l
     return (seconds[1] + seconds[3]) / (seconds[0] + seconds[2])
 
 
-def report(arguments: argparse.Namespace, figures: dict[str, float]) -> None:
-    has = torch.cpu.get_capabilities()
-    line = {
-        "benchmark": "engine",
-        "figures": {name: round(value, 4) for name, value in figures.items()},
-        "config": {
-            "model": Path(arguments.model).name,
-            "plan": "free" if arguments.free else [arguments.retrievals, arguments.claim_tokens],
-            "quick": arguments.quick,
-            "questions": arguments.questions.name if arguments.questions else "worldfacts",
-            "passages_indexed": INDEXED,
-            "passage_words": [WORDS.start, WORDS.stop - 1],
-            "rows": ROWS,
-            "dtype": "float32",
-        },
-        "hardware": {"cpu": has.get("cpu_name"), "threads": torch.get_num_threads()},
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "model": Path(arguments.model).name,
+        "plan": "free" if arguments.free else [arguments.retrievals, arguments.claim_tokens],
+        "quick": arguments.quick,
+        "questions": arguments.questions.name if arguments.questions else "worldfacts",
+        "passages_indexed": INDEXED,
+        "passage_words": [WORDS.start, WORDS.stop - 1],
+        "rows": ROWS,
+        "dtype": "float32",
     }
-    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@ Run with OMP_NUM_THREADS=1 to see one core. The last line is one JSON object.
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import time
-from importlib.metadata import version
+
+from report import report
 
 from cosup.data import Passage, QAPair, Question
 from cosup.evaluate import PassageTexts, Prediction, judge, summarize
@@ -63,19 +61,16 @@ def main() -> None:
     figures = summarize(items)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     print(f"{count:,} predictions, {len(figures)} figures: {seconds:.1f} s, {cpu:.1f} s of CPU")
-    result = {
-        "benchmark": "evaluate",
-        "figures": {
-            "seconds": round(seconds, 2),
-            "cpu_seconds": round(cpu, 2),
-            "judging_cpu_seconds": round(judged, 2),
-            "cpu_seconds_per_10000": round(cpu * 10_000 / count, 2),
+    report(
+        "evaluate",
+        {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "judging_cpu_seconds": judged,
+            "cpu_seconds_per_10000": cpu * 10_000 / count,
         },
-        "config": {"predictions": count, "threads": os.environ.get("OMP_NUM_THREADS", "all")},
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "cosup": version("cosup"), "numpy": version("numpy")},
-    }
-    print(json.dumps(result))
+        {"predictions": count},
+    )
 
 
 if __name__ == "__main__":

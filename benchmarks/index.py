@@ -16,8 +16,6 @@ flat over the time of the quickest approximate index with recall@10 of 0.95 or m
 """
 
 import argparse
-import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,13 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from report import report
 
 from cosup.data import Passage, read_passages
 from cosup.data.worldfacts import worldfacts
@@ -65,7 +63,7 @@ def main() -> None:
             figures |= searching(work, real, passages, size, arguments)
         if arguments.work is None:
             shutil.rmtree(work)
-    report(arguments, figures)
+    report("index", figures, config_of(arguments), threads=arguments.threads)
 
 
 def parse() -> argparse.Namespace:
@@ -286,28 +284,19 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     return result, clock() - started
 
 
-def report(arguments: argparse.Namespace, figures: dict[str, float]) -> None:
-    line = {
-        "benchmark": "index",
-        "figures": {name: float(f"{value:.4g}") for name, value in figures.items()},
-        "config": {
-            "model": arguments.model.name,
-            "part": arguments.part,
-            "sizes": arguments.sizes,
-            "count": arguments.count,
-            "noise": NOISE,
-            "k": K,
-            "dtype": "float32",
-            "quick": arguments.quick,
-            "clock": "cpu" if arguments.cpu_time else "wall",
-        },
-        "hardware": {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "threads": arguments.threads},
-        "versions": {
-            **{name: version(name) for name in ("torch", "transformers", "faiss-cpu", "sentence-transformers")},
-            "python": platform.python_version(),
-        },
+def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "model": arguments.model.name,
+        "part": arguments.part,
+        "sizes": arguments.sizes,
+        "count": arguments.count,
+        "noise": NOISE,
+        "k": K,
+        "dtype": "float32",
+        "quick": arguments.quick,
+        "clock": "cpu" if arguments.cpu_time else "wall",
     }
-    print(json.dumps(line))
 
 
 if __name__ == "__main__":

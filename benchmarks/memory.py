@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from train import BATCH, Side, load, our_side, parse, plain_side, report
+from report import report
+from train import BATCH, Side, config_of, load, our_side, parse, plain_side
 
 from cosup.config import TrainSection
 from cosup.data import Evidence, Example, Passage
-from cosup.model import compute_dtype
 from cosup.train import Collator, backward_in_chunks
 
 CHUNK = 16
@@ -44,7 +44,7 @@ def main() -> None:
         "cached_memory_ratio": peaks["many"] / peaks["few"],
         **{f"{side}_gb": peak / 1e9 for side, peak in peaks.items()},
     }
-    report(arguments, figures, compute_dtype("auto", "cpu"), benchmark="memory")
+    report("memory", figures, config_of(arguments))
 
 
 def measured(side: str, arguments: argparse.Namespace) -> int:

@@ -12,18 +12,17 @@ Figures: `train_speedup`, ours in the type that this hardware multiplies in agai
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import plain
 import torch
-import transformers
+from report import report
 
 from cosup.config import ModelSection, TrainSection
 from cosup.data import Example, Passage, read_passages, read_questions
@@ -57,7 +56,7 @@ def main() -> None:
         "tokens_per_second": sum(tokens[1:]) / total["cosup"],
         "plain_tokens_per_second": sum(tokens[1:]) / total["plain float32"],
     }
-    report(arguments, figures, same)
+    report("train", figures, config_of(arguments))
 
 
 def parse() -> argparse.Namespace:
@@ -158,33 +157,15 @@ def timed(side: Side, *, steps: int) -> list[float]:
     return seconds[1:]
 
 
-def report(
-    arguments: argparse.Namespace, figures: dict[str, float], dtype: torch.dtype, *, benchmark: str = "train"
-) -> None:
-    """The line of JSON that every benchmark ends with."""
-    has = torch.cpu.get_capabilities()
-    line = {
-        "benchmark": benchmark,
-        "figures": {name: round(value, 3) for name, value in figures.items()},
-        "config": {
-            "model": arguments.model,
-            "batch": BATCH,
-            "quick": arguments.quick,
-            "questions": arguments.questions.name if arguments.questions else "worldfacts",
-            "dtype": str(dtype),
-        },
-        "hardware": {
-            "cpu": has.get("cpu_name"),
-            "threads": torch.get_num_threads(),
-            "bf16": bool(has.get("amx_bf16") or has.get("avx512_bf16")),
-        },
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "model": arguments.model,
+        "batch": BATCH,
+        "quick": arguments.quick,
+        "questions": arguments.questions.name if arguments.questions else "worldfacts",
+        "dtype": str(compute_dtype("auto", "cpu")),
     }
-    print(json.dumps(line))
 
 
 if __name__ == "__main__":
