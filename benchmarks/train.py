@@ -28,8 +28,8 @@ from cosup.config import ModelSection, TrainSection
 from cosup.data import Example, Passage, read_passages, read_questions
 from cosup.data.convert import convert
 from cosup.data.worldfacts import worldfacts
-from cosup.model import CoSupModel, compute_dtype
-from cosup.train import Collator, MasterAdamW, compile_layers, objective_loss
+from cosup.model import CoSupModel, compile_layers, compute_dtype
+from cosup.train import Collator, MasterAdamW, objective_loss
 
 BATCH = 16
 

@@ -48,9 +48,10 @@ class ScriptedBody(nn.Module):
         self.chunks: list[list[int]] = []
         self.cached: list[int] = []
 
-    def forward(self, input_ids, position_ids, past_key_values, use_cache, attend):  # type: ignore[no-untyped-def]
+    def forward(self, input_ids, position_ids, use_cache, attend):  # type: ignore[no-untyped-def]
         self.chunks.append(input_ids[0].tolist())
-        keys, _ = past_key_values.update(*[input_ids[:, None, :, None].double()] * 2, 0)
+        attend(0, *[input_ids[:, None, :, None].double()] * 3, None)
+        keys, _ = attend.held[0]
         self.cached = keys[0, 0, : int(position_ids.max()) + 1, 0].long().tolist()
         following = [self.script[p + 1] if p + 1 < len(self.script) else 0 for p in position_ids[0].tolist()]
         states = torch.nn.functional.one_hot(torch.tensor([following]), self.vocabulary).double()

@@ -93,7 +93,7 @@ def gathered(x_ND: Tensor) -> Tensor:
     Args:
         x_ND: this rank's rows, of any type; without gradient where it needs none.
     """
-    if not _several():
+    if not several_processes():
         return x_ND
     counts = _counts(x_ND)
     rows_MD: Tensor = _Gather.apply(x_ND, counts)  # type: ignore[no-untyped-call]
@@ -138,7 +138,8 @@ def targets(keys_N: Tensor, gold_K: Tensor, ignored_2I: Tensor) -> tuple[Tensor,
     return torch.searchsorted(keys_N, gold_K), ignore_KN
 
 
-def _several() -> bool:
+def several_processes() -> bool:
+    """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -9,13 +9,11 @@ beside one that reads a passage.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from cosup.model import CoSupModel, body_of
 
@@ -47,8 +45,7 @@ class Reader:
     def __init__(self, model: CoSupModel, rows: int):
         self._body, self._head = body_of(model.gen), model.gen.get_output_embeddings()
         self._device = model.device
-        self._layers = [_Layer(rows) for _ in range(model.gen.config.num_hidden_layers)]
-        self._cache = Cache(layers=list(self._layers))
+        self._cache = _Cache(rows, model.gen.config.num_hidden_layers)
 
     def read(self, chunks: Sequence[Chunk]) -> Tensor:
         """Last hidden states [W, D] of the wanted tokens, chunk by chunk; what a row held behind them is overwritten.
@@ -58,15 +55,9 @@ class Reader:
         """
         # rows that read one token attend together, so they stand together
         order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].ids) > 1, chunks[i].slot))
-        step = _Step([chunks[i] for i in order], self._device, self._body.dtype)
-        for layer in self._layers:
-            layer.step = step
+        step = self._cache.step = _Step([chunks[i] for i in order], self._device, self._body.dtype)
         out = self._body(
-            input_ids=step.ids_S[None],
-            position_ids=step.columns_S[None],
-            past_key_values=self._cache,
-            use_cache=True,
-            attend=step.attend,
+            input_ids=step.ids_S[None], position_ids=step.columns_S[None], use_cache=False, attend=self._cache
         )
         ends = dict(zip(order, itertools.accumulate(step.lengths), strict=True))
         places = [place for i, chunk in enumerate(chunks) for place in range(ends[i] - chunk.wanted, ends[i])]
@@ -80,8 +71,7 @@ class Reader:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first cached tokens of one row to another."""
-        for layer in self._layers:
-            layer.copy(source, target, length)
+        self._cache.copy(source, target, length)
 
 
 class _Step:
@@ -162,58 +152,50 @@ def _causal(chunk: Chunk, device: torch.device, dtype: torch.dtype) -> Tensor:
     return mask_CL.triu_(chunk.start + 1)
 
 
-class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, [R, G, L, d]: each row filled from the left, without padding or holes."""
+class _Cache:
+    """Keys and values of all layers, each [R, G, L, d]: every row filled from the left, without padding or holes.
 
-    is_sliding = False
+    Attributes:
+        held: of each layer; None before it has read anything.
+        step: what is being read.
+    """
 
-    def __init__(self, rows: int):
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, rows: int, layers: int):
         self._rows = rows
+        self.held: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.step: _Step
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes an empty store of the right types."""
-        self.keys, self.values = (x.new_zeros(0, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states))
-        self.is_initialized = True
+    def __call__(
+        self, layer: int, query_1HSd: Tensor, key_1GSd: Tensor, value_1GSd: Tensor, scale: float | None
+    ) -> Tensor:
+        """Puts the step's tokens in their places and lets them attend; see `cosup.model.packing.Attend`."""
+        step, held = self.step, self.held[layer]
+        if held is None:
+            held = self.held[layer] = _empty(key_1GSd), _empty(value_1GSd)
+        keys_RGLd, values_RGLd = self._grow(layer, held, step.rows, step.end)
+        keys_RGLd[step.slots_S, :, step.columns_S] = key_1GSd[0].transpose(0, 1)
+        values_RGLd[step.slots_S, :, step.columns_S] = value_1GSd[0].transpose(0, 1)
+        return step.attend(query_1HSd, keys_RGLd, values_RGLd, scale)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Puts the step's tokens in their places and returns all that is stored."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        step = self.step
-        keys_RGLd, values_RGLd = self._grow(step.rows, step.end)
-        keys_RGLd[step.slots_S, :, step.columns_S] = key_states[0].transpose(0, 1)
-        values_RGLd[step.slots_S, :, step.columns_S] = value_states[0].transpose(0, 1)
-        return keys_RGLd, values_RGLd
-
-    def _grow(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    def _grow(self, layer: int, held: tuple[Tensor, Tensor], rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Makes room for so many rows and tokens: twice as much as there was, so that growing stays rare."""
-        assert self.keys is not None
-        assert self.values is not None
-        has_rows, _, has_length, _ = self.keys.shape
+        has_rows, _, has_length, _ = held[0].shape
         if rows > has_rows or length > has_length:
             rows = min(max(rows, 2 * has_rows), self._rows) if rows > has_rows else has_rows
             length = max(length, 2 * has_length, 64) if length > has_length else has_length
-            self.keys, self.values = (_grown(x, rows, length) for x in (self.keys, self.values))
-        return self.keys, self.values
+            held = self.held[layer] = _grown(held[0], rows, length), _grown(held[1], rows, length)
+        return held
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first tokens of one row to another."""
-        for states_RGLd in self._grow(max(source, target) + 1, length):
-            states_RGLd[target, :, :length] = states_RGLd[source, :, :length]
+        for layer, held in enumerate(self.held):
+            assert held is not None
+            for states_RGLd in self._grow(layer, held, max(source, target) + 1, length):
+                states_RGLd[target, :, :length] = states_RGLd[source, :, :length]
 
-    def get_seq_length(self) -> int:
-        """Tokens of the longest row of the step."""
-        return self.step.end
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the columns that a mask must cover."""
-        return self.step.end, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
+def _empty(states_1GSd: Tensor) -> Tensor:
+    return states_1GSd.new_zeros(0, states_1GSd.shape[1], 0, states_1GSd.shape[3])
 
 
 def _grown(held_RGLd: Tensor, rows: int, length: int) -> Tensor:

@@ -1,14 +1,14 @@
 """Packed sequences: laid end to end in one row without padding, each blind to the others.
 
 Shapes: S packed tokens, L labelled tokens, D hidden size, K retrieval positions, N candidates, I ignored pairs,
-B batch, H heads, T tokens, d head size.
+B batch, H heads of queries, G heads of keys and values, T tokens, d head size.
 
 A vector therefore can't depend on what else is in the batch, and nothing is computed for padding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,23 @@ def mean_states(states_SD: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([part.mean(0) for part in states_SD.split(lengths)])
 
 
+class Attend(Protocol):
+    """Attention of tokens to what was read before them, as the engine's cache computes it."""
+
+    def __call__(
+        self, layer: int, query_1HSd: Tensor, key_1GSd: Tensor, value_1GSd: Tensor, scale: float | None
+    ) -> Tensor:
+        """What each token takes, [1, H, S, d].
+
+        Args:
+            layer: number of the layer.
+            query_1HSd: of the tokens that are read now.
+            key_1GSd: theirs, which the cache keeps.
+            value_1GSd: likewise.
+            scale: of the scores; 1 / sqrt(d) for None.
+        """
+
+
 def attention(
     module: nn.Module,
     query_BHTd: Tensor,
@@ -155,7 +172,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     seq_lens: Tensor | None = None,
-    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None,
+    attend: Attend | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed sequences, and of the engine's rows, in transformers' interface.
@@ -164,31 +181,31 @@ def attention(
     the module says that it is not; a loop over them is faster on a CPU than any mask over the packed row. With
     `attend`, the engine's cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is.
     """
-    if attend is not None:
-        return attend(query_BHTd, key_BHTd, value_BHTd, scaling).transpose(1, 2), None
-    if seq_lens is None:
-        out = F.scaled_dot_product_attention(
+    if attend is None and seq_lens is None:
+        out_BHTd = F.scaled_dot_product_attention(
             query_BHTd, key_BHTd, value_BHTd, attn_mask=attention_mask, scale=scaling, enable_gqa=True
         )
-        return out.transpose(1, 2), None
-    causal = getattr(module, "is_causal", True)
-    out_BHTd = _one_by_one(query_BHTd, key_BHTd, value_BHTd, seq_lens, causal=causal, scale=scaling, dropout=dropout)
+    else:
+        out_BHTd = _uncompiled(module, query_BHTd, key_BHTd, value_BHTd, scaling, dropout, seq_lens, attend)
     return out_BHTd.transpose(1, 2), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled anew for every other list of lengths
-def _one_by_one(
-    query_BHTd: Tensor,
-    key_BHTd: Tensor,
-    value_BHTd: Tensor,
-    seq_lens: Tensor,
-    *,
-    causal: bool,
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # would be compiled anew for every other list of lengths
+def _uncompiled(
+    module: nn.Module,
+    query_1HSd: Tensor,
+    key_1GSd: Tensor,
+    value_1GSd: Tensor,
     scale: float | None,
     dropout: float,
+    seq_lens: Tensor | None,
+    attend: Attend | None,
 ) -> Tensor:
-    """Attention [B, H, T, d] of each sequence alone."""
-    parts = zip(*(x.split(seq_lens.tolist(), 2) for x in (query_BHTd, key_BHTd, value_BHTd)), strict=True)
+    if attend is not None:
+        return attend(module.layer_idx, query_1HSd, key_1GSd, value_1GSd, scale)  # type: ignore[arg-type]
+    assert seq_lens is not None
+    causal = getattr(module, "is_causal", True)
+    parts = zip(*(x.split(seq_lens.tolist(), 2) for x in (query_1HSd, key_1GSd, value_1GSd)), strict=True)
     outs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=True)
         for q, k, v in parts

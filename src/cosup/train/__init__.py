@@ -1,7 +1,6 @@
 """Co-supervised training: batches, a transformers.Trainer with both losses, and a run from a recipe."""
 
 from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, load_data
-from cosup.train.compiled import compile_layers
 from cosup.train.estimate import Estimate, estimate_run
 from cosup.train.export import export_model
 from cosup.train.optimizer import MasterAdamW
@@ -18,7 +17,6 @@ __all__ = [
     "NeighbourSampler",
     "Weights",
     "backward_in_chunks",
-    "compile_layers",
     "estimate_run",
     "export_model",
     "load_data",

@@ -23,11 +23,10 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from cosup.config import Recipe, UserError
-from cosup.model import Batch, CoSupModel, chunk_count, chunks, compute_dtype, sketch
+from cosup.model import Batch, CoSupModel, chunk_count, chunks, compile_layers, compute_dtype, sketch
 from cosup.model.lms import body_of, keep_layers, load_tokenizer
 from cosup.template import Template, TemplateSettings, with_control_tokens
 from cosup.train.collate import Collator, NeighbourSampler, TrainingData, load_data
-from cosup.train.compiled import compile_layers
 from cosup.train.optimizer import adamw
 from cosup.train.parts import choose_trained, save_activations
 from cosup.train.step import backward_in_chunks, objective_loss

@@ -41,10 +41,10 @@ class Weights:
             dtype=torch.double,
             device=batch["gen_ids"].device,
         )
-        if several_processes():
+        if losses.several_processes():
             dist.all_reduce(own)
         tokens, retrievals = own.clamp(min=1).tolist()
-        world = dist.get_world_size() if several_processes() else 1
+        world = dist.get_world_size() if losses.several_processes() else 1
         return cls(world / tokens, world * (lambda_ if objective == "ntp+nsp" else 1.0) / retrievals)
 
 
@@ -183,13 +183,8 @@ def _nsp(queries_KD: Tensor, own_ND: Tensor, batch: Batch, *, temperature: float
     return nsp_sum, metrics
 
 
-def several_processes() -> bool:
-    """Whether this process trains together with others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _most(count: int, device: torch.device) -> int:
-    if not several_processes():
+    if not losses.several_processes():
         return count
     most = torch.tensor(count, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

@@ -18,11 +18,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from cosup.config import TrainSection, UserError
 from cosup.data import Example
 from cosup.files import atomic_file
+from cosup.losses import several_processes
 from cosup.model import Batch, CoSupModel
 from cosup.train.checkpoints import UNFINISHED, finish_checkpoint, load_trained, newest_checkpoint, save_trained
 from cosup.train.collate import Collator
 from cosup.train.optimizer import adamw
-from cosup.train.step import Metrics, backward_in_chunks, objective_loss, several_processes
+from cosup.train.step import Metrics, backward_in_chunks, objective_loss
 
 
 class CoSupTrainer(Trainer):

@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 
 from cosup.config import UserError
-from cosup.model import CoSupModel
+from cosup.losses import several_processes
+from cosup.model.core import CoSupModel
 from cosup.model.lms import body_of, layers_of
-from cosup.train.step import several_processes
 
 Wanted = Literal["auto"] | bool
 _WORTH = 50e6  # parameters: compiling takes a quarter of a minute, and smaller models are fast as they are
