@@ -23,8 +23,9 @@ from cosup.data import Passage, write_records
 from cosup.engine import Options
 from cosup.evaluate.figures import Evaluation, Figure, Item, summarize
 from cosup.evaluate.fluency import mauve
+from cosup.evaluate.journal import read_journal
 from cosup.evaluate.judge import PassageTexts, Prediction, judge, judge_entailment, pairs_of
-from cosup.evaluate.model import ntp_of, refuse_unknown_gold, verdicts
+from cosup.evaluate.model import ntp_loss, references, refuse_unknown_gold, verdicts
 from cosup.evaluate.nli import CachedNli, Nli
 from cosup.evaluate.predict import MODES, Asker, Mode
 from cosup.evaluate.retrieval import own_candidates
@@ -141,18 +142,12 @@ def _predictions(
 
 
 def _read_predictions(path: Path) -> dict[str, Prediction]:
-    """What was asked before; a last line that a kill cut short is taken away."""
-    if not path.is_file():
-        return {}
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if whole != raw:
-        with atomic_file(path) as file:
-            file.write(whole)
+    """What was asked before."""
+    again = "its questions are asked again"
     try:
-        rows = [Prediction(**json.loads(line)) for line in whole.splitlines()]
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged; remove it, so that its questions are asked again") from None
+        rows = [Prediction(**row) for row in read_journal(path, consequence=again)]
+    except TypeError:
+        raise UserError(f"{path} is not a file of predictions; remove it, so that {again}") from None
     return {row.id: row for row in rows}
 
 
@@ -171,7 +166,7 @@ def _judged(
     if nli is not None:
         _judge_citations(task, items, texts, CachedNli(nli, out), counter)
     figures = summarize(items)
-    figures["ntp"] = _ntp(model, index, task, out / task.name)
+    figures["ntp"] = _ntp(model, index, task, out / task.name, counter)
     if settings.mauve_model:
         figures["mauve"] = _mauve(task, items, settings.mauve_model)
     evaluation = Evaluation(figures, items)
@@ -189,12 +184,14 @@ def _judge_citations(task: Task, items: Sequence[Item], texts: PassageTexts, nli
         item["scores"] |= judge_entailment(question, item, texts, nli.entails)
 
 
-def _ntp(model: CoSupModel, index: Index, task: Task, folder: Path) -> Figure:
+def _ntp(model: CoSupModel, index: Index, task: Task, folder: Path, counter: Counter) -> Figure:
     """Measured once: it depends on the model and the questions alone."""
     path = folder / "ntp.json"
     if path.is_file():
         return Figure(**json.loads(path.read_text("utf-8")))
-    figure = ntp_of(model, index, task.questions)
+    rendered = references(model, index, task.questions)
+    with counter(f"ntp loss of {task.name}", len(rendered), "responses") as on_progress:
+        figure = ntp_loss(model, rendered, on_progress=on_progress)
     with atomic_file(path) as file:
         file.write((json.dumps(asdict(figure)) + "\n").encode())
     return figure
@@ -202,7 +199,7 @@ def _ntp(model: CoSupModel, index: Index, task: Task, folder: Path) -> Figure:
 
 def _mauve(task: Task, items: Sequence[Item], model: str) -> Figure:
     pairs = [
-        (item["text"] or "-", question.long_answers[0])
+        (item["text"].strip() or "-", question.long_answers[0])
         for question, item in zip(task.questions, items, strict=True)
         if question.long_answers
     ]
