@@ -234,6 +234,8 @@ def test_the_modes_retrieve_as_they_say(tiny: CoSupModel, index: FaissIndex, tas
         for mode in MODES
     }
     assert all(item["retrieved"] == [] and item["forced"] == [] for item in found["none"].items)
+    assert found["none"].figures["forced_success@1"] == Figure(None, 0)  # it was not tried
+    assert found["none"].figures["free_success@1"] == Figure(0.0, 4)
     assert all(item["retrieved"][0] == item["forced"] for item in found["static"].items)
     asked = [question.question for question in task.questions]
     for item, ranked in zip(found["bm25"].items, BM25(list(index)).search(asked, 20), strict=True):

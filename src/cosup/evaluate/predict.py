@@ -68,7 +68,8 @@ class Asker:
             try:
                 asked[session.submit(self._prompt(question), options=self._own(question))] = question
             except UserError as e:
-                yield Prediction(question.id, bm25=self._bm25[question.id], reason="error", error=str(e))
+                forced = None if self._options.mode == "none" else ()
+                yield Prediction(question.id, forced=forced, bm25=self._bm25[question.id], reason="error", error=str(e))
         while asked:
             finished = []
             for number, event in session.step():
@@ -101,10 +102,10 @@ class Asker:
     def _own(self, question: Question) -> Options:
         return replace(self._options, where=self._where(question))
 
-    def _forced(self, questions: Sequence[Question]) -> list[list[str]]:
-        """The forced retrieval of each question; none where the mode never retrieves."""
+    def _forced(self, questions: Sequence[Question]) -> Sequence[Sequence[str] | None]:
+        """The forced retrieval of each question; None where the mode never retrieves."""
         if self._options.mode == "none" or not questions:
-            return [[] for _ in questions]
+            return [None] * len(questions)
         queries_QD = self._model.query([self._prompt(question) for question in questions])
         wheres = [self._where(question) for question in questions]
         if all(where == wheres[0] for where in wheres):
