@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cosup.config import UserError
 from cosup.data import Passage, QAPair, Question, write_records
@@ -207,7 +208,7 @@ def kill_after(reached: Callable[[], bool], command: Sequence[str]) -> None:
 
 
 def test_a_finished_run_can_be_judged_again_and_a_run_of_another_kind_is_refused(
-    tiny: CoSupModel, index: FaissIndex, task: Task, tmp_path: Path
+    tiny: CoSupModel, tiny_folder: Path, index: FaissIndex, task: Task, tmp_path: Path
 ) -> None:
     first = evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW)["mixed"]
     assert "citation_recall" not in first.figures
@@ -220,6 +221,11 @@ def test_a_finished_run_can_be_judged_again_and_a_run_of_another_kind_is_refused
     assert again.asked == []
     with pytest.raises(UserError, match="another mode"):
         evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=RunSettings("static", options=FEW.options))
+    other = CoSupModel.load(tiny_folder, dtype="float64", device="cpu")
+    with torch.no_grad():
+        other.gen.model.norm.weight.mul_(2.0)  # Emb_seq, and so the index, are the same
+    with pytest.raises(UserError, match="another gen"):
+        evaluate_tasks(other, index, [task], tmp_path / "run", settings=FEW)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(UserError, match="holds no evaluation run"):

@@ -5,6 +5,7 @@ line as soon as a question is answered, `items.jsonl`, the judgements, `figures.
 a reader of the results wants to see. What the model's run folder tells of its training is copied beside it.
 """
 
+import hashlib
 import json
 import platform
 import shutil
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from cosup.config import UserError
@@ -131,13 +133,13 @@ def _predictions(
         own=own_candidates(left) if settings.own_candidates else None,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with counter(f"asking {task.name}", len(task.questions), "questions") as on_progress, path.open("ab") as file:
-        on_progress(len(done))
-        for prediction in asker.predict(left):
+    what = f"asking {task.name}" + (f" ({len(done):,} answered before)" if done else "")
+    with counter(what, len(left), "questions") as on_progress, path.open("ab") as file:
+        for number, prediction in enumerate(asker.predict(left), start=1):
             file.write(json.dumps(asdict(prediction), ensure_ascii=False).encode() + b"\n")
             file.flush()
             done[prediction.id] = prediction
-            on_progress(len(done))
+            on_progress(number)
     return done
 
 
@@ -234,6 +236,7 @@ def _description(
         "format_version": FORMAT_VERSION,
         "model": str(source or ""),
         "fingerprint": model.fingerprint,
+        "gen": _weights(model.gen),
         "emb_parameters": sum(parameter.numel() for parameter in model.emb.parameters()),
         "index": {"fingerprint": index.fingerprint, "passages": len(index)},
         "mode": settings.mode,
@@ -246,7 +249,16 @@ def _description(
     }
 
 
-_SAME = ("fingerprint", "index", "mode", "own_candidates", "options")
+_SAME = ("fingerprint", "gen", "index", "mode", "own_candidates", "options")
+
+
+def _weights(part: torch.nn.Module) -> str:
+    """SHA-256 of the weights as they are in memory. Models that differ in Gen alone have one fingerprint."""
+    digest = hashlib.sha256()
+    for name, weight in part.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.detach().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
 
 
 def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
@@ -273,9 +285,9 @@ def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
 
 def _refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for key in _SAME:
-        if found.get(key) != wanted[key]:
+        if key in found and found[key] != wanted[key]:
             raise UserError(
-                f"{out} holds a run with another {key} ({found.get(key)!r:.80}, not {wanted[key]!r:.80}); name another "
+                f"{out} holds a run with another {key} ({found[key]!r:.80}, not {wanted[key]!r:.80}); name another "
                 "folder, or start it over with --fresh"
             )
     for name, task in wanted["tasks"].items():
