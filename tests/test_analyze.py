@@ -2,11 +2,14 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from cosup.analyze import analyze_models, sequence_space, token_space
-from cosup.config import UserError
-from cosup.data import Passage, Question
+from cosup.analyze import analyze_models, sequence_space, stages, token_space
+from cosup.cli import app
+from cosup.config import UserError, parse_recipe
+from cosup.data import Evidence, Example, Passage, Question, write_records
 from cosup.model import CoSupModel
+from cosup.train import train_recipe
 
 
 def test_a_model_compared_with_itself_has_not_moved(
@@ -22,6 +25,29 @@ def test_a_model_compared_with_itself_has_not_moved(
         assert move["drift"] == pytest.approx(0.0, abs=1e-6)
         assert move["overlap"] == 1.0
         assert move["stale_success"] == space["shapes"][1]["success"]
+
+
+def test_the_checkpoints_of_a_run_are_looked_at_in_the_order_of_their_steps(
+    tiny_lm: Path, passages: list[Passage], questions: list[Question], tmp_path: Path
+) -> None:
+    """Step 8 before step 10, which is not the order of their names; the last checkpoint is the finished model."""
+    examples = [Example(f"e{i}", "squad", f"which {i}?", (Evidence(f"p{i}", "Oslo"),)) for i in range(8)]
+    for name, records in (("passages", passages), ("examples", examples), ("questions", questions)):
+        write_records(tmp_path / f"{name}.jsonl", records)
+    data = {"folder": str(tmp_path), "train": ["examples.jsonl"], "passages": ["passages.jsonl"]}
+    train = {"batch_size": 4, "max_steps": 10, "epochs": 99, "save_steps": 2, "learning_rate": 0.01}
+    recipe = {"name": "tiny", "model": {"gen": str(tiny_lm), "lora": {"rank": 2}}, "data": data, "train": train}
+    run = train_recipe(parse_recipe(recipe), tmp_path / "run")
+    assert [path.name for path in stages([run / "checkpoints", run])] == ["checkpoint-8", "checkpoint-10", "run"]
+    command = ["analyze", str(run / "checkpoints"), str(run), "--passages", str(tmp_path / "passages.jsonl")]
+    rest = ["--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "out"), "--most", "40"]
+    result = CliRunner().invoke(app, [*command, *rest])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "spaces.json").read_text())
+    assert [Path(model).name for model in found["models"]] == ["checkpoint-8", "checkpoint-10", "run"]
+    for space in found["spaces"].values():
+        moved, still = space["moves"]
+        assert moved["drift"] > 1e-5 > still["drift"]
 
 
 def test_the_sequence_space_is_forced_retrieval(

@@ -1,10 +1,15 @@
 import json
-from collections.abc import Sequence
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cosup.config import UserError
 from cosup.data import Passage, QAPair, Question, write_records
@@ -67,6 +72,17 @@ def test_forced_retrieval_is_what_the_engine_retrieves_first(
     for item in evaluation.items:
         assert item["retrieved"][0] == item["forced"]
         assert item["scores"]["cites"] == 1.0
+
+
+@pytest.mark.parametrize("retrieve_first", [True, False])
+def test_forced_retrieval_is_by_the_state_at_a_ret_right_after_the_prompt(
+    tiny: CoSupModel, index: FaissIndex, questions: list[Question], retrieve_first: bool
+) -> None:
+    options = Options(max_new_tokens=4, retrieve_first=retrieve_first)
+    evaluation = evaluate_model(tiny, index, questions, options=options)
+    queries_QD = tiny.query([tiny.template.prompt(question.question, task=question.task) for question in questions])
+    found = index.search(queries_QD, 20)
+    assert [item["forced"] for item in evaluation.items] == [[hit.id for hit in hits] for hits in found]
 
 
 def test_no_retrieval_counts_as_wrong_in_free_success(
@@ -141,8 +157,58 @@ def test_a_stopped_run_goes_on_without_asking_again_and_ends_as_an_uninterrupted
     assert resumed == whole
 
 
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_and_asks_nothing_twice(
+    tiny_folder: Path, passages: list[Passage], tmp_path: Path
+) -> None:
+    """The command itself, stopped by SIGKILL while it asks and while it judges, once with half a line written."""
+    model = CoSupModel.load(tiny_folder, device="cpu")
+    build_index(passages, model, tmp_path / "index")
+    asked = [
+        Question(f"q{n}", "squad", f"Which city governs {n}?", answers=["Oslo"], gold=["p0"])
+        for n in range(SLOW_QUESTIONS)
+    ]
+    write_records(tmp_path / "asked.jsonl", asked)
+    command = [
+        sys.executable, "-c", "from cosup.cli import main; main()", "evaluate", "--model", str(tiny_folder),
+        "--index", str(tmp_path / "index"), "--tasks", str(tmp_path / "asked.jsonl"), "--out",
+    ]  # fmt: skip
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    whole, cut = (tmp_path / name / "asked" for name in ("whole", "cut"))
+    path, draw, kept, stops = cut / "predictions.jsonl", random.Random(0), b"", list[int]()
+    for target in [*sorted(draw.sample(range(1, SLOW_QUESTIONS), 4)), SLOW_QUESTIONS]:
+        kill_after(lambda target=target: lines_in(path) >= target, [*command, str(tmp_path / "cut")])
+        written = path.read_bytes()
+        assert written.startswith(kept)
+        kept = written[: written.rfind(b"\n") + 1]
+        stops.append(kept.count(b"\n"))
+        if target < SLOW_QUESTIONS:
+            path.write_bytes(kept + b'{"id": "q')
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
+    assert path.read_bytes() == kept
+    assert sum(stop < SLOW_QUESTIONS for stop in stops) > 1, stops
+    for name in ("items.jsonl", "figures.json", "passages.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(kept.splitlines()) == sorted((whole / "predictions.jsonl").read_bytes().splitlines())
+
+
+SLOW_QUESTIONS = 48
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(reached: Callable[[], bool], command: Sequence[str]) -> None:
+    """Starts a command and kills it as soon as something is reached; it may have ended by itself by then."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not reached():
+            time.sleep(0.001)
+        process.kill()
+
+
 def test_a_finished_run_can_be_judged_again_and_a_run_of_another_kind_is_refused(
-    tiny: CoSupModel, index: FaissIndex, task: Task, tmp_path: Path
+    tiny: CoSupModel, tiny_folder: Path, index: FaissIndex, task: Task, tmp_path: Path
 ) -> None:
     first = evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW)["mixed"]
     assert "citation_recall" not in first.figures
@@ -155,6 +221,11 @@ def test_a_finished_run_can_be_judged_again_and_a_run_of_another_kind_is_refused
     assert again.asked == []
     with pytest.raises(UserError, match="another mode"):
         evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=RunSettings("static", options=FEW.options))
+    other = CoSupModel.load(tiny_folder, dtype="float64", device="cpu")
+    with torch.no_grad():
+        other.gen.model.norm.weight.mul_(2.0)  # Emb_seq, and so the index, are the same
+    with pytest.raises(UserError, match="another gen"):
+        evaluate_tasks(other, index, [task], tmp_path / "run", settings=FEW)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(UserError, match="holds no evaluation run"):
@@ -169,6 +240,8 @@ def test_the_modes_retrieve_as_they_say(tiny: CoSupModel, index: FaissIndex, tas
         for mode in MODES
     }
     assert all(item["retrieved"] == [] and item["forced"] == [] for item in found["none"].items)
+    assert found["none"].figures["forced_success@1"] == Figure(None, 0)  # it was not tried
+    assert found["none"].figures["free_success@1"] == Figure(0.0, 4)
     assert all(item["retrieved"][0] == item["forced"] for item in found["static"].items)
     asked = [question.question for question in task.questions]
     for item, ranked in zip(found["bm25"].items, BM25(list(index)).search(asked, 20), strict=True):

@@ -9,22 +9,28 @@ import pytest
 
 from cosup.config import UserError
 from cosup.data import Passage, Question, write_records
-from cosup.evaluate import Evaluation, PassageTexts, Prediction, judge, summarize
+from cosup.evaluate import Evaluation, Figure, PassageTexts, Prediction, judge, summarize
 from cosup.report import conditions_of, read_run, write_report
+from cosup.report.pictures import emb_millions, lambda_of, pictures, points_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PASSAGES = [Passage("p0", "Oslo governs Norway.", "Norway"), Passage("p1", "Gold is </script><b>79</b>.", "Gold & <i>")]
 
 
-def make_run(folder: Path, *, name: str, right: int, seed: int = 0, weight: float = 1.0, size: int = 10) -> Path:
-    """A run over 20 questions, the first `right` of which it answers."""
+def make_run(
+    folder: Path, *, name: str, right: int, seed: int = 0, weight: float = 1.0, size: int = 10, ungrounded: int = 0
+) -> Path:
+    """A run over 20 questions, the first `right` of which it answers, `ungrounded` of these citing another passage."""
     questions = [Question(f"q{n}", "nq", f"Who governs {n}? <b>", answers=["Oslo"], gold=["p0"]) for n in range(20)]
     predictions = [
-        Prediction(q.id, "So Oslo.", ["Oslo."], [[3, 8]], ["p0"], [["p0", "p1"]], ["p0"], ["p1"], "stop", "", True)
+        Prediction(
+            q.id, "So Oslo.", ["Oslo."], [[3, 8]], ["p1" if n < ungrounded else "p0"], [["p0", "p1"]], ["p0"], ["p1"],
+            "stop", "", True,
+        )
         if n < right
         else Prediction(q.id, reason="error", error="the prompt is too long")
         for n, q in enumerate(questions)
-    ]
+    ]  # fmt: skip
     texts = PassageTexts(lambda ids: [p for id in ids for p in PASSAGES if p.id == id])
     items = [judge(q, p, texts=texts) for q, p in zip(questions, predictions, strict=True)]
     (folder / "nq").mkdir(parents=True)
@@ -78,6 +84,49 @@ def test_the_markdown_compares_conditions_and_says_what_was_not_run(report: Path
     assert "citation recall (NLI): not run (no NLI model was named)." in text
     assert "MAUVE: not run" in text
     assert "| share of questions that failed | 0.750" in text
+
+
+def test_a_figure_that_one_seed_lacks_is_not_that_of_the_other(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(n), name="ours", right=10, seed=n) for n in range(2)]
+    figures = json.loads((runs[1] / "nq" / "figures.json").read_text())
+    (runs[1] / "nq" / "figures.json").write_text(json.dumps({k: v for k, v in figures.items() if k != "rouge_l"}))
+    (condition,) = conditions_of([read_run(run) for run in runs])
+    assert condition.figure("nq", "rouge_l") == Figure(None, 0)
+    assert condition.figure("nq", "mauve") is None
+
+
+def test_the_points_of_figures_4_and_5_are_means_over_seeds_at_the_size_and_the_weight(tmp_path: Path) -> None:
+    """Of 20 questions, 5 are right at 10 million and lambda 0.01; 15 and 17 in two seeds at 20 million and 1."""
+    made = [("a", "base", 5, 0, 0.01, 10), ("b0", "ours", 15, 0, 1.0, 20), ("b1", "ours", 17, 1, 1.0, 20)]
+    runs = [
+        make_run(tmp_path / place, name=name, right=right, seed=seed, weight=weight, size=size)
+        for place, name, right, seed, weight, size in reversed(made)
+    ]
+    conditions = conditions_of([read_run(run) for run in runs])
+    for x_of, low, high in ((emb_millions, 10.0, 20.0), (lambda_of, 0.01, 1.0)):
+        points = points_of(conditions, "nq", "answer_in_text", x_of)
+        assert points == [(low, pytest.approx(0.25)), (high, pytest.approx(0.8))]
+
+
+def test_runs_that_lambda_or_emb_seq_has_no_part_in_are_left_out_of_figures_4_and_5(tmp_path: Path) -> None:
+    alone, lexical = (make_run(tmp_path / name, name=name, right=5) for name in ("ntp", "bm25"))
+    for run, change in ((alone, {"training": {"lambda": 1.0, "objective": "ntp"}}), (lexical, {"mode": "bm25"})):
+        settings = json.loads((run / "run.json").read_text()) | change
+        (run / "run.json").write_text(json.dumps(settings))
+    one, other = conditions_of([read_run(alone), read_run(lexical)])
+    assert (lambda_of(one), emb_millions(one)) == (None, 10.0)
+    assert (lambda_of(other), emb_millions(other)) == (1.0, None)
+
+
+def test_figure_3_says_the_share_of_right_answers_that_no_passage_that_was_read_holds(tmp_path: Path) -> None:
+    """Of 20 questions 10 are answered rightly; of these, 4 by a passage that does not hold the answer: 4 / 10."""
+    run = make_run(tmp_path / "a", name="a", right=10, ungrounded=4)
+    figures = read_run(run).evaluations["nq"].figures
+    assert figures["answer_in_text"] == Figure(0.5, 20)
+    assert figures["answer_in_text_retrieved"] == Figure(0.3, 20)
+    assert figures["reduction_rate"] == Figure(pytest.approx(0.4), 20)
+    picture = pictures(conditions_of([read_run(run)]), ["nq"])[0]
+    assert ">0.40<" in picture.svg
 
 
 def test_the_pictures_are_drawn_where_runs_differ_and_explained_where_not(report: Path, tmp_path: Path) -> None:

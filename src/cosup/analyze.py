@@ -7,6 +7,7 @@ so that runs with and without `ntp` can be compared.
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from cosup.data.convert import convert
 from cosup.files import atomic_file
 from cosup.metrics import spaces, success_at
 from cosup.model import CoSupModel
+from cosup.train import checkpoints_in, export_model, is_checkpoint
 
 _NEIGHBOURS = 10
 
@@ -96,7 +98,8 @@ def analyze_models(
     """Measures both spaces of each model and how they moved since the one before; writes JSON, Markdown and a plot.
 
     Args:
-        folders: model folders, in the order of training; the untrained one may be the first.
+        folders: model folders, run folders or checkpoints, in the order of training; the untrained model may be the
+            first. See `stages` for whole folders of checkpoints.
         passages: a corpus that holds the gold passages.
         questions: those with a gold passage are asked.
         out: the folder for `spaces.json`, `spaces.md` and `spaces.png`.
@@ -118,7 +121,7 @@ def analyze_models(
     moves: dict[str, list[Move]] = {"sequence": [], "token": []}
     before: dict[str, Space] = {}
     for done, folder in enumerate(folders, start=1):
-        model = CoSupModel.load(folder)
+        model = open_stage(folder)
         now = {
             "sequence": sequence_space(model, corpus, asked),
             "token": token_space(model, corpus, asked, most=most, rng=np.random.default_rng(seed)),
@@ -141,6 +144,24 @@ def analyze_models(
     }
     _write(found, out)
     return found
+
+
+def stages(folders: Sequence[Path]) -> list[Path]:
+    """The folders, with the checkpoints in the place of a run's folder of checkpoints, in the order of their steps."""
+    return [stage for folder in folders for stage in checkpoints_in(folder) or [folder]]
+
+
+def open_stage(folder: Path) -> CoSupModel:
+    """The model of a model folder, a run folder or a checkpoint.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if not is_checkpoint(folder):
+        return CoSupModel.load(folder)
+    with tempfile.TemporaryDirectory() as place:  # as it would be exported: adapters are merged on the way
+        export_model(folder, Path(place) / "model")
+        return CoSupModel.load(Path(place) / "model")
 
 
 def sequence_space(model: CoSupModel, passages: Sequence[Passage], questions: Sequence[Question]) -> Space:
@@ -311,8 +332,8 @@ def _plot(found: dict[str, Any]) -> Any:
             steps = range(1 if kind == "moves" else 0, len(found["models"]))
             axes.plot(steps, [row[name] for row in rows], "o-", color=colour, label=f"{space} space")
         axes.set_title(name.replace("_", " "), fontsize=10)
-        axes.set_xticks(range(len(found["models"])))
-        axes.set_xlabel("model, in order", fontsize=8)
+        names = [Path(folder).name for folder in found["models"]]
+        axes.set_xticks(range(len(names)), names, fontsize=7, rotation=30, ha="right")
         axes.grid(axis="y", color="#ddd", linewidth=0.6)
     plot.axes[0].legend(frameon=False, fontsize=8)
     return plot

@@ -512,7 +512,9 @@ def report(
 
 @app.command()
 def analyze(
-    models: Annotated[list[Path], typer.Argument(help="Model folders or checkpoints, in the order of training.")],
+    models: Annotated[
+        list[Path], typer.Argument(help="Models, checkpoints or folders of checkpoints, in the order of training.")
+    ],
     passages: Annotated[list[Path], typer.Option("--passages", help="JSONL of passages; may be repeated.")],
     questions: Annotated[Path, typer.Option("--questions", help="JSONL of questions with gold passages.")],
     out: Annotated[Path, typer.Option(help="Folder for spaces.json, spaces.md and spaces.png.")],
@@ -520,12 +522,13 @@ def analyze(
 ) -> None:
     """Look at the sequence space and the token space of a model, checkpoint by checkpoint."""
     from cosup import terminal
-    from cosup.analyze import analyze_models
+    from cosup.analyze import analyze_models, stages
     from cosup.data import read_passages, read_questions
 
     corpus, asked = list(read_passages(*passages)), list(read_questions(questions))
-    with terminal.counting("looking at", len(models), unit="models") as on_progress:
-        analyze_models(models, corpus, asked, out, most=most, on_progress=on_progress)
+    found = stages(models)
+    with terminal.counting("looking at", len(found), unit="models") as on_progress:
+        analyze_models(found, corpus, asked, out, most=most, on_progress=on_progress)
     print(f"saved: {out}/spaces.json, {out}/spaces.md, {out}/spaces.png")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cosup.config import UserError
-from cosup.data.foreign import Part, distinct, passage_id, read_json, refuse_repeated
+from cosup.data.foreign import Part, distinct, gather, passage_id, read_json
 from cosup.data.records import Passage, QAPair, Question
 
 
@@ -50,21 +50,17 @@ def read_alce(path: Path) -> tuple[list[Passage], list[Question]]:
     Source:
         ALCE (Gao et al., EMNLP 2023).
     """
-    passages: dict[str, Passage] = {}
-    questions = []
-    for record in read_json(path, list[_Record], name="ALCE's JSON"):
-        docs = [Passage(passage_id(doc.title, doc.text), doc.text, doc.title) for doc in record.docs]
-        passages.update({doc.id: doc for doc in docs})
-        questions.append(_question(record, distinct([doc.id for doc in docs])))
+    passages, questions = gather(path, map(_part, read_json(path, list[_Record], name="ALCE's JSON")))
     if not questions:
         raise UserError(f"{path} holds no question; name another file")
-    return list(passages.values()), refuse_repeated(path, questions)
+    return passages, questions
 
 
-def _question(record: _Record, candidates: list[str]) -> Question:
+def _part(record: _Record) -> tuple[list[Passage], list[Question]]:
+    docs = [Passage(passage_id(doc.title, doc.text), doc.text, doc.title) for doc in record.docs]
     pairs = [QAPair(pair.question, distinct(pair.short_answers)) for pair in record.qa_pairs or ()]
     annotated = [annotation.long_answer for annotation in record.annotations or ()]
-    return Question(
+    question = Question(
         record.sample_id or passage_id("", record.question).replace("p-", "q-"),
         "asqa" if pairs else "eli5",
         record.question,
@@ -72,5 +68,6 @@ def _question(record: _Record, candidates: list[str]) -> Question:
         long_answers=distinct([*annotated, record.answer]),
         claims=distinct(record.claims),
         qa_pairs=pairs,
-        candidates=candidates,
+        candidates=distinct([doc.id for doc in docs]),
     )
+    return docs, [question]

@@ -3,14 +3,14 @@
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from cosup.config import UserError
-from cosup.data.records import Question
+from cosup.data.records import Passage, Question
 
 Model = TypeVar("Model")
 
@@ -71,6 +71,18 @@ def refuse_repeated(path: Path, questions: list[Question]) -> list[Question]:
     return questions
 
 
+def gather(
+    path: Path, parts: Iterable[tuple[Sequence[Passage], Sequence[Question]]]
+) -> tuple[list[Passage], list[Question]]:
+    """The distinct passages, and all questions, of the parts of a file. Raises UserError if a question's id repeats."""
+    passages: dict[str, Passage] = {}
+    questions: list[Question] = []
+    for own, asked in parts:
+        passages.update({passage.id: passage for passage in own})
+        questions += asked
+    return list(passages.values()), refuse_repeated(path, questions)
+
+
 def distinct(values: Iterator[str] | list[str]) -> list[str]:
     """Those that are not blank, each once, in order."""
     return list(dict.fromkeys(value for value in values if value.strip()))
@@ -104,4 +116,6 @@ def _reason(error: ValidationError) -> str:
         return f"{first['msg']}; unpack or download it again"
     if first["type"] == "missing":
         return f"{place} is missing; add it, or take the record out"
+    if first["type"] == "value_error":
+        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
     return f"{place or 'it'} is {first['input']!r:.60}, but the {first['msg'][:1].lower() + first['msg'][1:]}"

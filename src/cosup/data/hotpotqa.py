@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cosup.data.foreign import Part, distinct, passage_id, read_json, refuse_repeated
+from cosup.data.foreign import Part, distinct, gather, passage_id, read_json
 from cosup.data.records import Passage, Question
 
 
@@ -33,22 +33,20 @@ def read_hotpotqa(path: Path) -> tuple[list[Passage], list[Question]]:
     Source:
         HotpotQA (Yang et al., EMNLP 2018).
     """
-    passages: dict[str, Passage] = {}
-    questions = []
-    for record in read_json(path, list[_Record], name="HotpotQA JSON"):
-        own = {title: _passage(title, sentences) for title, sentences in record.context if "".join(sentences).strip()}
-        passages.update({passage.id: passage for passage in own.values()})
-        questions.append(
-            Question(
-                record.id,
-                "hotpotqa",
-                record.question,
-                answers=distinct([record.answer]),
-                gold=distinct([own[title].id for title, _ in record.supporting_facts if title in own]),
-                candidates=distinct([passage.id for passage in own.values()]),
-            )
-        )
-    return list(passages.values()), refuse_repeated(path, questions)
+    return gather(path, map(_part, read_json(path, list[_Record], name="HotpotQA JSON")))
+
+
+def _part(record: _Record) -> tuple[list[Passage], list[Question]]:
+    own = {title: _passage(title, sentences) for title, sentences in record.context if "".join(sentences).strip()}
+    question = Question(
+        record.id,
+        "hotpotqa",
+        record.question,
+        answers=distinct([record.answer]),
+        gold=distinct([own[title].id for title, _ in record.supporting_facts if title in own]),
+        candidates=distinct([passage.id for passage in own.values()]),
+    )
+    return list(own.values()), [question]
 
 
 def _passage(title: str, sentences: list[str]) -> Passage:

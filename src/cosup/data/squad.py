@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
+from pydantic import StringConstraints, model_validator
 
-from cosup.config import UserError
-from cosup.data.foreign import passage_id
+from cosup.data.foreign import Part, gather, passage_id, read_json
 from cosup.data.records import Passage, Question
 
 _HEAD_BYTES = 4096
@@ -19,17 +18,11 @@ _HEAD = re.compile(rb'\s*\{\s*(?:"[^"]*"\s*:\s*' + _SCALAR + rb'\s*,\s*)*"data"\
 _Filled = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class _Part(BaseModel):
-    """A part of the file; keys that are not read, such as `version` and `answer_start`, may be anything."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class _Answer(_Part):
+class _Answer(Part):
     text: _Filled
 
 
-class _QA(_Part):
+class _QA(Part):
     id: _Filled
     question: _Filled
     answers: list[_Answer]
@@ -42,17 +35,17 @@ class _QA(_Part):
         return self
 
 
-class _Paragraph(_Part):
+class _Paragraph(Part):
     context: _Filled
     qas: list[_QA]
 
 
-class _Article(_Part):
+class _Article(Part):
     title: str
     paragraphs: list[_Paragraph]
 
 
-class _File(_Part):
+class _File(Part):
     data: list[_Article]
 
 
@@ -94,18 +87,15 @@ def read_squad(path: Path) -> tuple[list[Passage], list[Question]]:
         SQuAD: 100,000+ Questions for Machine Comprehension of Text (Rajpurkar et al., EMNLP 2016); Know What You
         Don't Know (Rajpurkar et al., ACL 2018).
     """
-    passages: dict[str, Passage] = {}
-    questions: dict[str, Question] = {}
-    for article in _parse(path).data:
-        title = unquote(article.title).replace("_", " ")
-        for paragraph in article.paragraphs:
-            passage = Passage(passage_id(title, paragraph.context), paragraph.context, title)
-            passages[passage.id] = passage
-            for question in _questions(paragraph, passage):
-                if question.id in questions:
-                    raise UserError(f"{path}: the question id {question.id!r} occurs twice; ids must be unique")
-                questions[question.id] = question
-    return list(passages.values()), list(questions.values())
+    read = read_json(path, _File, name="SQuAD JSON")
+    return gather(path, (part for article in read.data for part in _paragraphs(article)))
+
+
+def _paragraphs(article: _Article) -> Iterator[tuple[list[Passage], list[Question]]]:
+    title = unquote(article.title).replace("_", " ")
+    for paragraph in article.paragraphs:
+        passage = Passage(passage_id(title, paragraph.context), paragraph.context, title)
+        yield [passage], list(_questions(paragraph, passage))
 
 
 def _questions(paragraph: _Paragraph, passage: Passage) -> Iterator[Question]:
@@ -116,26 +106,3 @@ def _questions(paragraph: _Paragraph, passage: Passage) -> Iterator[Question]:
             continue
         answers = list(dict.fromkeys(answer.text for answer in qa.answers))
         yield Question(qa.id, "squad", asked, answers=answers, gold=[passage.id])
-
-
-def _parse(path: Path) -> _File:
-    try:
-        return _File.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}; name a SQuAD JSON file") from None
-    except OSError as e:
-        raise UserError(f"{path} can't be read: {e.strerror}; name a SQuAD JSON file") from None
-    except ValidationError as e:
-        raise UserError(f"{path} is not SQuAD JSON: {_reason(e)}") from None
-
-
-def _reason(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if first["type"] == "json_invalid":
-        return f"{first['msg']}; unpack or download it again"
-    if first["type"] == "missing":
-        return f"{place} is missing; add it, or take the paragraph or question out"
-    if first["type"] == "value_error":
-        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
-    return f"{place} is {first['input']!r:.60}, but the {first['msg'][:1].lower() + first['msg'][1:]}"

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from cosup.config import UserError
+from cosup.evaluate.judges import load_part, load_weights
 
 _TOKENS = 1024
+_ROLE = "MAUVE's model"
 
 
 def mauve(predictions: Sequence[str], references: Sequence[str], model: str, *, seed: int = 0) -> float:
@@ -31,10 +33,11 @@ def mauve(predictions: Sequence[str], references: Sequence[str], model: str, *, 
         from mauve import compute_mauve
     except ImportError:
         raise UserError("MAUVE needs the package mauve-text: pip install 'cosup[eval]'") from None
+    features = _features([*predictions, *references], model)
     state = random.getstate(), np.random.get_state()
     try:
         result: Any = compute_mauve(
-            p_features=_features(predictions, model), q_features=_features(references, model), seed=seed, verbose=False
+            p_features=features[: len(predictions)], q_features=features[len(predictions) :], seed=seed, verbose=False
         )
     finally:
         random.setstate(state[0])
@@ -44,15 +47,14 @@ def mauve(predictions: Sequence[str], references: Sequence[str], model: str, *, 
 
 @torch.inference_mode()
 def _features(texts: Sequence[str], name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The last state [D] of each text, one text at a time: no padding that a vector could depend on."""
     from transformers import AutoModel, AutoTokenizer
 
-    try:
-        model, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        raise UserError(f"the model {name} of MAUVE can't be loaded ({str(e).splitlines()[0]})") from None
+    model = load_weights(AutoModel, name, role=_ROLE)
+    tokenizer = load_part(AutoTokenizer, name, role=_ROLE)
     limit = min(_TOKENS, getattr(model.config, "max_position_embeddings", _TOKENS))
     states = []
     for text in texts:
-        ids = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
+        ids = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
         states.append(model(**ids).last_hidden_state[0, -1].float().cpu().numpy())
     return np.stack(states)

@@ -28,7 +28,7 @@ class Prediction:
         spans: where each claim stands in the text, start and end.
         cited: id of the passage that each claim cites.
         retrieved: ids of each of the model's own retrievals, best first.
-        forced: ids of the forced retrieval, best first.
+        forced: ids of the forced retrieval, best first; None where the mode never retrieves.
         bm25: ids that BM25 finds, best first.
         reason: why it ended; `error` where it failed.
         error: what went wrong then.
@@ -41,14 +41,14 @@ class Prediction:
     spans: Sequence[Sequence[int]] = ()
     cited: Sequence[str] = ()
     retrieved: Sequence[Sequence[str]] = ()
-    forced: Sequence[str] = ()
+    forced: Sequence[str] | None = ()
     bm25: Sequence[str] = ()
     reason: str = "unknown"
     error: str = ""
     well_formed: bool = False
 
     @classmethod
-    def of(cls, id: str, response: Response, *, forced: Sequence[str], bm25: Sequence[str]) -> "Prediction":
+    def of(cls, id: str, response: Response, *, forced: Sequence[str] | None, bm25: Sequence[str]) -> "Prediction":
         """A prediction from what the engine gave."""
         return cls(
             id,
@@ -57,7 +57,7 @@ class Prediction:
             [[claim.start, claim.end] for claim in response.claims],
             [claim.passage for claim in response.claims],
             [list(ids) for ids in response.retrieved],
-            list(forced),
+            forced if forced is None else list(forced),
             list(bm25),
             response.reason,
             response.error,
@@ -114,7 +114,8 @@ def judge(question: Question, prediction: Prediction, *, texts: PassageTexts, la
         texts: of the passages that the prediction names.
         labels: every verdict that the task knows.
     """
-    texts.load([*prediction.cited, *prediction.forced, *prediction.bm25, *_first(prediction.retrieved)])
+    ranked = [ids for ids in _rankings(prediction).values() if ids is not None]
+    texts.load([*prediction.cited, *(id for ids in ranked for id in ids)])
     scores: dict[str, float] = {
         "well_formed": float(prediction.well_formed),
         "cites": float(bool(prediction.cited)),
@@ -133,7 +134,7 @@ def judge(question: Question, prediction: Prediction, *, texts: PassageTexts, la
         "claims": list(prediction.claims),
         "spans": [list(span) for span in prediction.spans],
         "cited": list(prediction.cited),
-        "forced": list(prediction.forced),
+        "forced": list(prediction.forced or ()),
         "retrieved": [list(ids) for ids in prediction.retrieved],
         "reason": prediction.reason,
         "error": prediction.error,
@@ -173,11 +174,12 @@ def judge_entailment(
 
 
 def _retrieval(question: Question, prediction: Prediction, texts: PassageTexts) -> dict[str, float]:
-    ways = {"forced": prediction.forced, "free": _first(prediction.retrieved), "bm25": prediction.bm25}
     scores: dict[str, float] = {}
     pages = set(question.pages) or {texts.page(id) for id in question.gold}
     hops = rule_of(question.task).golds == "hops"
-    for way, ranked in ways.items():
+    for way, ranked in _rankings(prediction).items():
+        if ranked is None:
+            continue
         if question.gold:
             passages = metrics.first_of_each(map(texts.whole, ranked))
             scores |= _ranking(f"{way}_", passages, question.gold, hops=hops)
@@ -258,8 +260,10 @@ def _normalized(answers: Iterable[str]) -> list[str]:
     return [normalized for answer in answers if (normalized := metrics.normalize_answer(answer))]
 
 
-def _first(retrieved: Sequence[Sequence[str]]) -> Sequence[str]:
-    return retrieved[0] if retrieved else ()
+def _rankings(prediction: Prediction) -> dict[str, Sequence[str] | None]:
+    """What is judged as retrieval, by way; None where a way was not tried."""
+    free = prediction.retrieved[0] if prediction.retrieved else ()
+    return {"forced": prediction.forced, "free": free, "bm25": prediction.bm25}
 
 
 def _uncited(text: str) -> list[metrics.Statement]:

@@ -1,7 +1,6 @@
 """Judging a model and an index on questions in one go: retrieval, answers, form, and the `ntp` loss."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from cosup.evaluate.judge import PassageTexts, judge
 from cosup.evaluate.predict import Asker
 from cosup.index import Index
 from cosup.model import CoSupModel, batches_by_tokens, pack
+from cosup.template import Rendered
 
 _TOKENS_PER_BATCH = 4096
 
@@ -55,7 +55,7 @@ def evaluate_model(
     texts, labels = PassageTexts(index.get), verdicts(questions)
     items = [judge(question, predictions[question.id], texts=texts, labels=labels) for question in questions]
     figures = summarize(items)
-    figures["ntp"] = ntp_of(model, index, questions)
+    figures["ntp"] = ntp_loss(model, references(model, index, questions))
     return Evaluation(figures, items)
 
 
@@ -64,26 +64,34 @@ def verdicts(questions: Sequence[Question]) -> list[str]:
     return list(dict.fromkeys(question.label for question in questions if question.label))
 
 
-def ntp_of(model: CoSupModel, index: Index, questions: Sequence[Question]) -> Figure:
-    """The `ntp` loss on the questions whose gold passages the index holds and whose answers are known."""
+def references(model: CoSupModel, index: Index, questions: Sequence[Question]) -> list[Rendered]:
+    """What should be written, for the questions whose gold passages the index holds and whose answers are known."""
     judged = [question for question in questions if question.gold and not missing(question.gold, index)]
     known = {passage.id: passage for passage in index.get([id for question in judged for id in question.gold])}
     known |= {p.id: p for p in index.get([id for q in judged for id in q.negatives if not missing([id], index)])}
     kept = [question for question in judged if all(id in known for id in question.negatives)]
     titles = {passage.id: passage.title for passage in known.values()}
-    rendered = [model.template.render(example, known) for example in convert(kept, passages=known, titles=titles)]
-    return ntp_loss(model, rendered)
+    return [model.template.render(example, known) for example in convert(kept, passages=known, titles=titles)]
 
 
 @torch.inference_mode()
-def ntp_loss(model: CoSupModel, rendered: Sequence[Any]) -> Figure:
-    """Mean cross-entropy over the tokens that Gen must produce itself in these sequences, and their number."""
-    total, count = 0.0, 0
+def ntp_loss(
+    model: CoSupModel, rendered: Sequence[Rendered], *, on_progress: Callable[[int], None] = lambda done: None
+) -> Figure:
+    """Mean cross-entropy over the tokens that Gen must produce itself in these sequences, and their number.
+
+    Args:
+        model: in evaluation mode.
+        rendered: see `references`.
+        on_progress: is told how many sequences are done.
+    """
+    total, count, done = 0.0, 0, 0
     for rows in batches_by_tokens([len(row.ids) for row in rendered], _TOKENS_PER_BATCH):
         batch = pack([rendered[row] for row in rows])
         moved = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
         output = model(moved)
         total, count = total + float(output.ntp_sum), count + output.ntp_count
+        on_progress(done := done + len(rows))
     return Figure(total / count if count else None, count)
 
 

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from cosup.config import UserError
+from cosup.evaluate.journal import read_journal
+from cosup.evaluate.judges import load_part, load_weights
 from cosup.metrics import Pair
 
+_ROLE = "the NLI model"
 _BATCH = 16
+_ENDLESS = 1 << 20
 
 
 class Nli(Protocol):
@@ -35,7 +39,8 @@ class CachedNli:
     def __init__(self, nli: Nli, folder: Path):
         self._nli = nli
         self._path = folder / f"nli-{hashlib.sha256(nli.name.encode()).hexdigest()[:12]}.jsonl"
-        self._known = dict(_read_cache(self._path))
+        rows = read_journal(self._path, consequence="its pairs are judged again")
+        self._known: dict[str, bool] = {row["pair"]: row["entails"] for row in rows}
 
     def judge(self, pairs: Iterable[Pair], *, on_progress: Callable[[int], None] = lambda done: None) -> None:
         """Has every pair that is not known judged; afterwards `entails` knows it."""
@@ -60,6 +65,8 @@ class CachedNli:
 class HuggingFaceNli:
     """A Hugging Face model: one that writes 1 or 0 (TRUE), or a classifier of pairs with an entailment label.
 
+    A pair that is longer than the model reads loses words of its premise first.
+
     Args:
         name: of the model, or its folder.
 
@@ -68,17 +75,19 @@ class HuggingFaceNli:
     """
 
     def __init__(self, name: str):
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
         self.name = name
-        try:
-            config = AutoConfig.from_pretrained(name)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as e:
-            reason = str(e).splitlines()[0]
-            raise UserError(f"the NLI model {name} can't be loaded ({reason}); name a folder or a model") from None
+        config = load_part(AutoConfig, name, role=_ROLE)
+        self._tokenizer = load_part(AutoTokenizer, name, role=_ROLE)
         self._entailment = entailment_label(config)
-        self._model = _load(name, classifier=self._entailment is not None)
+        self._limit = getattr(config, "max_position_embeddings", None)
+        if self._entailment is None:
+            self._tokenizer.truncation_side = "left"  # the hypothesis stands at the end
+        else:
+            self._limit = min(self._limit or _ENDLESS, self._tokenizer.model_max_length)
+        kind = AutoModelForSeq2SeqLM if self._entailment is None else AutoModelForSequenceClassification
+        self._model = load_weights(kind, name, role=_ROLE)
 
     @torch.inference_mode()
     def entails(self, pairs: Sequence[Pair]) -> list[bool]:
@@ -87,7 +96,9 @@ class HuggingFaceNli:
             texts: list[Any] = [[f"premise: {premise} hypothesis: {hypothesis}" for premise, hypothesis in pairs]]
         else:
             texts = [[premise for premise, _ in pairs], [hypothesis for _, hypothesis in pairs]]
-        batch = self._tokenizer(*texts, padding=True, truncation=True, return_tensors="pt").to(self._model.device)
+        batch = self._tokenizer(
+            *texts, padding=True, truncation=self._limit is not None, max_length=self._limit, return_tensors="pt"
+        ).to(self._model.device)
         if self._entailment is not None:
             chosen = self._model(**batch).logits.argmax(-1).tolist()
             return [row == self._entailment for row in chosen]
@@ -113,24 +124,5 @@ def entailment_label(config: Any) -> int | None:
     raise UserError(f"an NLI model must classify pairs or be sequence to sequence, not {kinds or 'something else'}")
 
 
-def _load(name: str, *, classifier: bool) -> Any:
-    from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
-    kind = AutoModelForSequenceClassification if classifier else AutoModelForSeq2SeqLM
-    model = kind.from_pretrained(name).eval()
-    return model.to("cuda") if torch.cuda.is_available() else model
-
-
 def _key(pair: Pair) -> str:
     return hashlib.sha256("\0".join(pair).encode()).hexdigest()
-
-
-def _read_cache(path: Path) -> Iterator[tuple[str, bool]]:
-    if not path.is_file():
-        return
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            yield row["pair"], row["entails"]
-        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-            continue

@@ -8,16 +8,15 @@ import numpy as np
 
 from cosup.config import UserError
 from cosup.data import Question
-from cosup.engine import Engine, Finished, Options
+from cosup.engine import Engine, Event, Finished, Options, Retrieved, Token
 from cosup.evaluate.judge import DEPTH, Prediction
 from cosup.evaluate.retrieval import QUESTION, QuestionIndex, bm25_rankings, refuse_unknown_candidates
 from cosup.index import Index
 from cosup.model import CoSupModel
+from cosup.template import Response
 
 Mode = Literal["cosup", "static", "none", "bm25"]
 MODES: tuple[Mode, ...] = ("cosup", "static", "none", "bm25")
-
-_CHUNK = 64  # questions whose forced retrievals are computed together
 
 
 class Asker:
@@ -51,7 +50,7 @@ class Asker:
             self._options = replace(self._options, mode="static")
         self._model, own = model, own or {}
         refuse_unknown_candidates(index, own)
-        self._bm25 = bm25_rankings(questions, list(index), k=DEPTH, candidates=own)
+        self._bm25 = bm25_rankings(questions, index, k=DEPTH, candidates=own)
         self._per_question = {question.id for question in questions if bm25 or question.id in own}
         self._index = QuestionIndex(index, candidates=own, rankings=self._bm25 if bm25 else None)
         self._engine = Engine(model, self._index, self._options)
@@ -63,22 +62,36 @@ class Asker:
             questions: some of those that were named at the start.
         """
         session = self._engine.session()
-        chunks = iter([questions[start : start + _CHUNK] for start in range(0, len(questions), _CHUNK)])
-        asked: dict[int, tuple[Question, list[str]]] = {}
-        while True:
-            if not session.waiting and (chunk := next(chunks, None)):
-                for question, forced in zip(chunk, self._forced(chunk), strict=True):
-                    try:
-                        asked[session.submit(self._prompt(question), options=self._own(question))] = question, forced
-                    except UserError as e:
-                        yield self._failed(question, str(e))
-                continue
-            if not session.active and not session.waiting:
-                return
+        asked: dict[int, Question] = {}
+        begun: dict[int, Event] = {}
+        for question in questions:
+            try:
+                asked[session.submit(self._prompt(question), options=self._own(question))] = question
+            except UserError as e:
+                forced = None if self._options.mode == "none" else ()
+                yield Prediction(question.id, forced=forced, bm25=self._bm25[question.id], reason="error", error=str(e))
+        while asked:
+            finished = []
             for number, event in session.step():
+                first = begun.setdefault(number, event)
                 if isinstance(event, Finished):
-                    question, forced = asked.pop(number)
-                    yield Prediction.of(question.id, event.response, forced=forced, bm25=self._bm25[question.id])
+                    finished.append((asked.pop(number), first, event.response))
+            yield from self._predictions(finished)
+
+    def _predictions(self, finished: Sequence[tuple[Question, Event, Response]]) -> Iterator[Prediction]:
+        """Of finished questions with the first event of each, which tells whether a retrieval came right away."""
+        free = {question.id: self._after_prompt(first, response) for question, first, response in finished}
+        rest = [question for question, _, _ in finished if free[question.id] is None]
+        forced = dict(zip((question.id for question in rest), self._forced(rest), strict=True))
+        for question, _, response in finished:
+            ranked = free[question.id]
+            ranked = forced[question.id] if ranked is None else ranked
+            yield Prediction.of(question.id, response, forced=ranked, bm25=self._bm25[question.id])
+
+    def _after_prompt(self, first: Event, response: Response) -> Sequence[str] | None:
+        """What the model's own `[Ret]` right after the prompt found: the forced retrieval, at no further cost."""
+        began = isinstance(first, Retrieved) or (isinstance(first, Token) and first.id == self._model.template.ret)
+        return response.retrieved[0][:DEPTH] if began and response.retrieved else None
 
     def _prompt(self, question: Question) -> list[int]:
         return self._model.template.prompt(question.question, task=question.task)
@@ -89,27 +102,17 @@ class Asker:
     def _own(self, question: Question) -> Options:
         return replace(self._options, where=self._where(question))
 
-    def _forced(self, questions: Sequence[Question]) -> list[list[str]]:
-        """The forced retrieval of each question; none where the mode never retrieves or the prompt is too long."""
-        forced: list[list[str]] = [[] for _ in questions]
-        if self._options.mode == "none":
-            return forced
-        prompts = [self._prompt(question) for question in questions]
-        rows = [row for row, prompt in enumerate(prompts) if len(prompt) < self._model.context]
-        if not rows:
-            return forced
-        queries_QD = self._model.query([prompts[row] for row in rows])
-        wheres = [self._where(questions[row]) for row in rows]
+    def _forced(self, questions: Sequence[Question]) -> Sequence[Sequence[str] | None]:
+        """The forced retrieval of each question; None where the mode never retrieves."""
+        if self._options.mode == "none" or not questions:
+            return [None] * len(questions)
+        queries_QD = self._model.query([self._prompt(question) for question in questions])
+        wheres = [self._where(question) for question in questions]
         if all(where == wheres[0] for where in wheres):
             found = self._index.search(queries_QD, DEPTH, where=wheres[0])
         else:
             found = [
                 self._index.search(query_1D, DEPTH, where=where)[0]
-                for query_1D, where in zip(np.split(queries_QD, len(rows)), wheres, strict=True)
+                for query_1D, where in zip(np.split(queries_QD, len(questions)), wheres, strict=True)
             ]
-        for row, hits in zip(rows, found, strict=True):
-            forced[row] = [hit.id for hit in hits]
-        return forced
-
-    def _failed(self, question: Question, error: str) -> Prediction:
-        return Prediction(question.id, bm25=self._bm25[question.id], reason="error", error=error)
+        return [[hit.id for hit in hits] for hits in found]

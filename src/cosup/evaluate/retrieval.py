@@ -21,11 +21,8 @@ class QuestionIndex:
 
     Args:
         index: what it wraps.
-        candidates: ids by question, from which the nearest are found.
+        candidates: ids by question, all of them in the index, from which the nearest are found.
         rankings: ids by question, best first, which are found whatever the query; their score is one over the rank.
-
-    Raises:
-        UserError: a candidate is not in the index.
     """
 
     def __init__(
@@ -37,7 +34,6 @@ class QuestionIndex:
     ):
         self._index, self._candidates, self._rankings = index, candidates or {}, rankings or {}
         self.fingerprint, self.dim = index.fingerprint, index.dim
-        refuse_unknown_candidates(index, self._candidates)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -79,17 +75,15 @@ def own_candidates(questions: Sequence[Question]) -> dict[str, list[str]]:
 
 
 def bm25_rankings(
-    questions: Sequence[Question], passages: Sequence[Passage], *, k: int, candidates: Mapping[str, Sequence[str]]
+    questions: Sequence[Question], index: Index, *, k: int, candidates: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
     """What BM25 finds for each question, among its candidates where it has some, else among all passages."""
-    by_id = {passage.id: passage for passage in passages}
     free = [question for question in questions if question.id not in candidates]
-    found = BM25(passages).search([question.question for question in free], k) if free else []
+    found = BM25(list(index)).search([question.question for question in free], k) if free else []
     rankings = {question.id: ids for question, ids in zip(free, found, strict=True)}
     for question in questions:
         if question.id in candidates:
-            own = BM25([by_id[id] for id in candidates[question.id]])
-            (rankings[question.id],) = own.search([question.question], k)
+            (rankings[question.id],) = BM25(index.get(candidates[question.id])).search([question.question], k)
     return rankings
 
 

@@ -5,6 +5,7 @@ line as soon as a question is answered, `items.jsonl`, the judgements, `figures.
 a reader of the results wants to see. What the model's run folder tells of its training is copied beside it.
 """
 
+import hashlib
 import json
 import platform
 import shutil
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from cosup.config import UserError
@@ -23,8 +25,9 @@ from cosup.data import Passage, write_records
 from cosup.engine import Options
 from cosup.evaluate.figures import Evaluation, Figure, Item, summarize
 from cosup.evaluate.fluency import mauve
+from cosup.evaluate.journal import read_journal
 from cosup.evaluate.judge import PassageTexts, Prediction, judge, judge_entailment, pairs_of
-from cosup.evaluate.model import ntp_of, refuse_unknown_gold, verdicts
+from cosup.evaluate.model import ntp_loss, references, refuse_unknown_gold, verdicts
 from cosup.evaluate.nli import CachedNli, Nli
 from cosup.evaluate.predict import MODES, Asker, Mode
 from cosup.evaluate.retrieval import own_candidates
@@ -130,29 +133,23 @@ def _predictions(
         own=own_candidates(left) if settings.own_candidates else None,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with counter(f"asking {task.name}", len(task.questions), "questions") as on_progress, path.open("ab") as file:
-        on_progress(len(done))
-        for prediction in asker.predict(left):
+    what = f"asking {task.name}" + (f" ({len(done):,} answered before)" if done else "")
+    with counter(what, len(left), "questions") as on_progress, path.open("ab") as file:
+        for number, prediction in enumerate(asker.predict(left), start=1):
             file.write(json.dumps(asdict(prediction), ensure_ascii=False).encode() + b"\n")
             file.flush()
             done[prediction.id] = prediction
-            on_progress(len(done))
+            on_progress(number)
     return done
 
 
 def _read_predictions(path: Path) -> dict[str, Prediction]:
-    """What was asked before; a last line that a kill cut short is taken away."""
-    if not path.is_file():
-        return {}
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if whole != raw:
-        with atomic_file(path) as file:
-            file.write(whole)
+    """What was asked before."""
+    again = "its questions are asked again"
     try:
-        rows = [Prediction(**json.loads(line)) for line in whole.splitlines()]
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged; remove it, so that its questions are asked again") from None
+        rows = [Prediction(**row) for row in read_journal(path, consequence=again)]
+    except TypeError:
+        raise UserError(f"{path} is not a file of predictions; remove it, so that {again}") from None
     return {row.id: row for row in rows}
 
 
@@ -171,7 +168,7 @@ def _judged(
     if nli is not None:
         _judge_citations(task, items, texts, CachedNli(nli, out), counter)
     figures = summarize(items)
-    figures["ntp"] = _ntp(model, index, task, out / task.name)
+    figures["ntp"] = _ntp(model, index, task, out / task.name, counter)
     if settings.mauve_model:
         figures["mauve"] = _mauve(task, items, settings.mauve_model)
     evaluation = Evaluation(figures, items)
@@ -189,12 +186,14 @@ def _judge_citations(task: Task, items: Sequence[Item], texts: PassageTexts, nli
         item["scores"] |= judge_entailment(question, item, texts, nli.entails)
 
 
-def _ntp(model: CoSupModel, index: Index, task: Task, folder: Path) -> Figure:
+def _ntp(model: CoSupModel, index: Index, task: Task, folder: Path, counter: Counter) -> Figure:
     """Measured once: it depends on the model and the questions alone."""
     path = folder / "ntp.json"
     if path.is_file():
         return Figure(**json.loads(path.read_text("utf-8")))
-    figure = ntp_of(model, index, task.questions)
+    rendered = references(model, index, task.questions)
+    with counter(f"ntp loss of {task.name}", len(rendered), "responses") as on_progress:
+        figure = ntp_loss(model, rendered, on_progress=on_progress)
     with atomic_file(path) as file:
         file.write((json.dumps(asdict(figure)) + "\n").encode())
     return figure
@@ -202,7 +201,7 @@ def _ntp(model: CoSupModel, index: Index, task: Task, folder: Path) -> Figure:
 
 def _mauve(task: Task, items: Sequence[Item], model: str) -> Figure:
     pairs = [
-        (item["text"] or "-", question.long_answers[0])
+        (item["text"].strip() or "-", question.long_answers[0])
         for question, item in zip(task.questions, items, strict=True)
         if question.long_answers
     ]
@@ -237,6 +236,7 @@ def _description(
         "format_version": FORMAT_VERSION,
         "model": str(source or ""),
         "fingerprint": model.fingerprint,
+        "gen": _weights(model.gen),
         "emb_parameters": sum(parameter.numel() for parameter in model.emb.parameters()),
         "index": {"fingerprint": index.fingerprint, "passages": len(index)},
         "mode": settings.mode,
@@ -249,7 +249,16 @@ def _description(
     }
 
 
-_SAME = ("fingerprint", "index", "mode", "own_candidates", "options")
+_SAME = ("fingerprint", "gen", "index", "mode", "own_candidates", "options")
+
+
+def _weights(part: torch.nn.Module) -> str:
+    """SHA-256 of the weights as they are in memory. Models that differ in Gen alone have one fingerprint."""
+    digest = hashlib.sha256()
+    for name, weight in part.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.detach().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
 
 
 def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
@@ -276,9 +285,9 @@ def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
 
 def _refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for key in _SAME:
-        if found.get(key) != wanted[key]:
+        if key in found and found[key] != wanted[key]:
             raise UserError(
-                f"{out} holds a run with another {key} ({found.get(key)!r:.80}, not {wanted[key]!r:.80}); name another "
+                f"{out} holds a run with another {key} ({found[key]!r:.80}, not {wanted[key]!r:.80}); name another "
                 "folder, or start it over with --fresh"
             )
     for name, task in wanted["tasks"].items():

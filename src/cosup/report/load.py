@@ -55,14 +55,16 @@ class Condition:
     def figure(self, task: str, name: str) -> Figure | None:
         """A figure of a data set; over several seeds its mean, and the interval of that mean over questions alone.
 
-        None where no run has it.
+        None where no run has it, and one without a value where some have not.
         """
         if task not in self.tasks:
             return None
         figures = [run.evaluations[task].figures.get(name) for run in self.runs]
         known = [figure for figure in figures if figure is not None and figure.value is not None]
-        if not known or len(known) < len(self.runs):
-            return figures[0]
+        if all(figure is None for figure in figures):
+            return None
+        if len(known) < len(self.runs):
+            return Figure(None, 0)
         if len(known) == 1:
             return known[0]
         means = [float(np.mean([getattr(figure, part) for figure in known])) for part in ("value", "low", "high")

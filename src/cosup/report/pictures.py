@@ -43,8 +43,8 @@ def pictures(conditions: Sequence[Condition], tasks: Sequence[str]) -> list[Pict
     """All four, in the paper's order."""
     return [
         _reduction(conditions, tasks),
-        _against(conditions, tasks, "Size of Emb_seq (Figure 4)", "parameters of Emb_seq, millions", _millions),
-        _against(conditions, tasks, "Weight of the sequence loss (Figure 5)", "lambda", _lambda),
+        _against(conditions, tasks, "Size of Emb_seq (Figure 4)", "parameters of Emb_seq, millions", emb_millions),
+        _against(conditions, tasks, "Weight of the sequence loss (Figure 5)", "lambda", lambda_of),
         _curves(conditions),
     ]
 
@@ -86,24 +86,32 @@ def _against(
     axis: str,
     x_of: Callable[[Condition], float | None],
 ) -> Picture:
-    placed = sorted(((x, c) for c in conditions if (x := x_of(c)) is not None), key=lambda pair: pair[0])
-    if len({x for x, _ in placed}) < 2:
+    placed = [condition for condition in conditions if x_of(condition) is not None]
+    if len({x_of(condition) for condition in placed}) < 2:
         return Picture(title, f"It takes runs that differ in it; these don't ({axis}).", "")
     plot, both = _canvas(8.4, columns=2)
     for axes, what in zip(both, ("retrieval", "correctness"), strict=True):
         for number, task in enumerate(tasks):
             name = getattr(headline(task, conditions), what)
-            points = [(x, y) for x, c in placed if (y := _value(c, task, name)) is not None]
+            points = points_of(placed, task, name, x_of)
             label = f"{_title(task)}: {label_of(name)}"
             colour = _COLOURS[number % len(_COLOURS)]
             axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, label=label)
         axes.set_xlabel(axis)
         axes.set_title(what)
         axes.set_ylim(0, 1)
-        if axis == "lambda" and min(x for x, _ in placed) > 0:
+        if axis == "lambda" and min(x_of(condition) or 0.0 for condition in placed) > 0:
             axes.set_xscale("log")
         axes.legend(frameon=False, fontsize=7)
     return Picture(title, f"Each point is a condition; {len(placed)} are drawn.", _svg(plot))
+
+
+def points_of(
+    conditions: Sequence[Condition], task: str, name: str, x_of: Callable[[Condition], float | None]
+) -> list[tuple[float, float]]:
+    """Where each condition stands and what it reached, from left to right; those that lack either are left out."""
+    found = [(x_of(condition), _value(condition, task, name)) for condition in conditions]
+    return sorted((x, y) for x, y in found if x is not None and y is not None)
 
 
 def _curves(conditions: Sequence[Condition]) -> Picture:
@@ -131,13 +139,18 @@ def _value(condition: Condition, task: str, name: str) -> float | None:
     return None if figure is None else figure.value
 
 
-def _millions(condition: Condition) -> float | None:
+def emb_millions(condition: Condition) -> float | None:
+    """The size of Emb_seq, which matters to those runs alone that retrieve by it."""
+    if condition.runs[0].settings["mode"] in ("none", "bm25"):
+        return None
     count = condition.runs[0].settings.get("emb_parameters")
     return None if count is None else count / 1e6
 
 
-def _lambda(condition: Condition) -> float | None:
-    return condition.runs[0].training.get("lambda")
+def lambda_of(condition: Condition) -> float | None:
+    """The weight that the model was trained with; None for objectives that have only one of the losses."""
+    training = condition.runs[0].training
+    return training.get("lambda") if training.get("objective") == "ntp+nsp" else None
 
 
 def _title(task: str) -> str:

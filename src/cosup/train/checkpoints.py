@@ -80,7 +80,7 @@ def finish_checkpoint(folder: Path, step: int, *, best: Path | None) -> None:
         shutil.rmtree(final)
     written.rename(final)
     shutil.rmtree(folder / UNFINISHED)
-    for old in _by_step(folder)[:-_KEPT]:
+    for old in checkpoints_in(folder)[:-_KEPT]:
         if old != best:
             shutil.rmtree(old)
 
@@ -91,7 +91,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Args:
         folder: of the run's checkpoints; what was not finished there is removed.
     """
-    for checkpoint in reversed(_by_step(folder)):
+    for checkpoint in reversed(checkpoints_in(folder)):
         damaged = _damaged(checkpoint)
         if damaged is None:
             return checkpoint
@@ -99,7 +99,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _by_step(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder of checkpoints, in the order of their steps."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
     return sorted((path for path, match in found.items() if match), key=lambda path: int(path.name.split("-")[1]))
 

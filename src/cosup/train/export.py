@@ -25,7 +25,7 @@ def export_model(source: Path, out: Path, *, merge: bool = False) -> None:
     Raises:
         UserError: there is nothing of the kind at `source`, it is damaged, or `out` is not ours to replace.
     """
-    if (source / "trainer_state.json").is_file():
+    if is_checkpoint(source):
         _export_checkpoint(source, out, merge=merge)
         return
     folder = find_model(source)
@@ -36,6 +36,11 @@ def export_model(source: Path, out: Path, *, merge: bool = False) -> None:
         return
     with atomic_folder(out, marker="cosup.json") as new:
         shutil.copytree(folder, new, dirs_exist_ok=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a run, and no model folder."""
+    return (folder / "trainer_state.json").is_file()
 
 
 def _export_checkpoint(checkpoint: Path, out: Path, *, merge: bool) -> None:
