@@ -96,7 +96,7 @@ def test_the_gold_answer_is_right_and_another_one_wrong_by_every_measure_of_a_ta
         assert oracle[name] == Figure(1.0, 3), name
         assert fool[name] == Figure(0.0, 3), name
     if task in HEADLINES:
-        assert HEADLINES[task].correctness in RIGHT[task]
+        assert set(HEADLINES[task].correctness) - {"claim_recall"} <= set(RIGHT[task])
     if "answer_in_text_retrieved" in oracle:
         assert oracle["reduction_rate"] == Figure(0.0, 3)
 
@@ -113,8 +113,6 @@ def test_the_gold_passages_found_first_are_perfect_retrieval_in_every_task(task:
     for way in ("forced", "free", "bm25") if unknown else ():
         name = f"{way}_answer_success@1"
         assert (oracle[name], fool[name]) == (Figure(1.0, unknown), Figure(0.0, unknown))
-    if task in HEADLINES and task != "eli5":
-        assert oracle[HEADLINES[task].retrieval].value == 1.0
 
 
 def test_a_hop_that_is_missing_halves_the_r_precision_of_hotpotqa_but_not_of_alternatives() -> None:

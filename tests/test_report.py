@@ -86,6 +86,18 @@ def test_the_markdown_compares_conditions_and_says_what_was_not_run(report: Path
     assert "| share of questions that failed | 0.750" in text
 
 
+def test_a_figure_without_a_value_is_said_to_be_not_run_only_where_no_model_was_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", name="a", right=10)
+    judged = {"citation_recall": {"value": 0.5, "count": 20}, "mauve": {"value": None, "count": 0}}
+    figures = json.loads((run / "nq" / "figures.json").read_text()) | judged
+    (run / "nq" / "figures.json").write_text(json.dumps(figures))
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "claim recall (NLI): not measured (the questions bring no claims)." in text
+    assert "MAUVE: not measured (it takes two questions with a long answer)." in text
+    assert "citation precision (NLI): not run (no NLI model was named)." in text
+
+
 def test_a_figure_that_one_seed_lacks_is_not_that_of_the_other(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(n), name="ours", right=10, seed=n) for n in range(2)]
     figures = json.loads((runs[1] / "nq" / "figures.json").read_text())

@@ -60,17 +60,21 @@ class Table:
         )
 
 
-def headline(task: str, conditions: Sequence[Condition]) -> Headline:
-    """What a data set is headed by; of one that is not the paper's, what its figures allow."""
-    known = HEADLINES.get(task)
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A data set's title, and the names of the two figures that stand for it."""
+
+    title: str
+    correctness: str
+    retrieval: str
+
+
+def headline(task: str, conditions: Sequence[Condition]) -> Heading:
+    """What a data set is headed by: what its figures allow."""
+    known = HEADLINES.get(task) or Headline(task, ("answer_in_text", "label_accuracy", "rouge_l"))
     retrieval = ("free_success@1", "free_page_success@1", "free_answer_success@1")
-    correctness = (known.correctness,) if known else ("answer_in_text", "label_accuracy", "rouge_l")
-    if task == "eli5":
-        correctness = ("claim_recall", *correctness)
-    return Headline(
-        known.title if known else task,
-        _first_known(correctness, task, conditions),
-        _first_known(retrieval, task, conditions),
+    return Heading(
+        known.title, _first_known(known.correctness, task, conditions), _first_known(retrieval, task, conditions)
     )
 
 
@@ -97,10 +101,19 @@ def task_table(task: str, conditions: Sequence[Condition]) -> Table:
         )
     )
     known = [name for name in names if any((f := c.figure(task, name)) and f.value is not None for c in conditions)]
-    absent = [f"{label_of(name)}: not run ({why})." for name, why in NOT_RUN.items() if name not in known]
+    absent = [f"{label_of(name)}: {_why_absent(name, names, known)}." for name in NOT_RUN if name not in known]
     rows = [[label_of(name), *(cell(c.figure(task, name)) for c in conditions)] for name in known]
     note = "Every question that was asked is scored. " + " ".join(absent)
     return Table(f"All figures of {_title(task)}", note.strip(), ["", *(c.name for c in conditions)], rows)
+
+
+def _why_absent(name: str, names: Sequence[str], known: Sequence[str]) -> str:
+    """Why a figure that needs another model has no value, for all that the named and the known figures tell."""
+    if name == "claim_recall" and "citation_recall" in known:
+        return "not measured (the questions bring no claims)"
+    if name in names:
+        return "not measured (it takes two questions with a long answer)"
+    return f"not run ({NOT_RUN[name]})"
 
 
 def comparison(tasks: Sequence[str], conditions: Sequence[Condition]) -> Table | None:
