@@ -1,0 +1,5 @@
+"""`python -m cosup.cli`, as launchers of several processes start it."""
+
+from cosup.cli import main
+
+main()
