@@ -112,7 +112,7 @@ async def server(model: Path, index: Path, queue: int) -> AsyncIterator[tuple[ht
     command = [sys.executable, "-m", "cosup.cli", "serve", "--model", str(model), "--index", str(index)]
     command += ["--port", str(port), "--rows", str(ROWS), "--queue", str(queue)]
     limits = httpx.Limits(max_connections=None)
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - read where the server does not start
     process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300, limits=limits) as http:

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from importlib import resources
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -61,6 +61,7 @@ def create_app(
     limits: Limits | None = None,
     keys: Keys | None = None,
     origins: tuple[str, ...] = (),
+    worker: Worker | None = None,
 ) -> ASGIApp:
     """The whole server as an ASGI application; its lifespan starts and ends the engine's thread.
 
@@ -70,9 +71,10 @@ def create_app(
         limits: see `Limits`.
         keys: None: no key is asked for, and only requests to this machine's own name are answered.
         origins: other sites whose pages may ask this server (CORS).
+        worker: that runs the engine, for a caller who lets it drain; without it, one of the application's own.
     """
     limits = limits or Limits()
-    server = _Server(engine, name, limits)
+    server = _Server(engine, name, limits, worker or Worker(engine, queue_size=limits.queue))
     app = FastAPI(
         title="cosup", version="1", docs_url=None, redoc_url=None, lifespan=server.lifespan, redirect_slashes=False
     )
@@ -89,22 +91,21 @@ def create_app(
 
 
 class _Server:
-    def __init__(self, engine: Engine, name: str, limits: Limits):
-        self.engine, self.name, self.limits = engine, name, limits
-        self.worker = Worker(engine, queue_size=limits.queue)
+    def __init__(self, engine: Engine, name: str, limits: Limits, worker: Worker):
+        self.engine, self.name, self.limits, self.worker = engine, name, limits, worker
         self.metrics = Metrics(self.worker)
         self.created = int(time.time())
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        app.state.worker = self.worker
         self.worker.start()
         yield
         await asyncio.to_thread(self.worker.stop)
 
     def router(self) -> APIRouter:
         router = APIRouter(responses=_ERRORS)
-        add = router.add_api_route
+        api = APIRouter(dependencies=[Depends(self.taking)])
+        add = api.add_api_route
         add("/v1/chat/completions", self.chat, methods=["POST"], response_model=wire.Completion)
         add("/v1/embeddings", self.embeddings, methods=["POST"], response_model=wire.Embeddings)
         add("/v1/models", self.models, methods=["GET"], response_model=wire.Models)
@@ -113,12 +114,18 @@ class _Server:
         add("/v1/passages", self.add_passages, methods=["POST"], response_model=wire.Added)
         add("/v1/passages/{id:path}", self.passage, methods=["GET"], response_model=wire.PassageForm)
         add("/v1/passages/{id:path}", self.remove_passage, methods=["DELETE"], response_model=wire.Removed)
+        router.include_router(api)
+        add = router.add_api_route
         add("/healthz", self.health, methods=["GET"], response_class=PlainTextResponse)
         add("/readyz", self.ready, methods=["GET"], response_class=PlainTextResponse)
         add("/metrics", self.prometheus, methods=["GET"], response_class=PlainTextResponse)
         for path, (file, kind) in _PAGE.items():
             add(path, _file(file, kind), methods=["GET"], include_in_schema=False)
         return router
+
+    async def taking(self) -> None:
+        """Refuses what comes while the server drains."""
+        self.worker.check_ready()
 
     async def chat(self, request: Request, body: wire.ChatRequest) -> Any:
         """Answers a chat, with citations as annotations; as server-sent events if `stream` is true."""
@@ -227,8 +234,7 @@ class _Server:
 
     async def ready(self) -> str:
         """Whether it takes requests."""
-        if not self.worker.ready:
-            raise StoppedError
+        self.worker.check_ready()
         return "ready\n"
 
     async def prometheus(self) -> Response:
@@ -359,7 +365,11 @@ def _as_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     status, body = _as_error(error)
-    headers = {"Retry-After": str(error.seconds)} if isinstance(error, BusyError) else None
+    headers: dict[str, str] = {}
+    if isinstance(error, BusyError):
+        headers = {"Retry-After": str(error.seconds)}
+    elif isinstance(error, StoppedError):  # the next try is to reach another server
+        headers = {"Retry-After": "1", "Connection": "close"}
     return JSONResponse(body, status, headers)
 
 
