@@ -1,6 +1,6 @@
 """What the server costs over the engine, and what it bears: same model, same questions, one run.
 
-    python benchmarks/serve.py [--quick] [--model RUN --index INDEX]
+    python benchmarks/serve.py [--quick] [--model RUN --index INDEX] [--turns 6]
     python benchmarks/serve.py [--quick] [--model RUN --index INDEX] --clients 64 --seconds 120
 
 Without --model, an untrained model: SmolLM2-135M, or with --quick a random Llama of two layers. The index then holds
@@ -65,10 +65,11 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, and fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--model", type=Path, help="a run folder; needs --index")
     parser.add_argument("--index", type=Path, help="an index that this model built")
     parser.add_argument("--tokens", type=int, default=32, help="most tokens of an answer")
+    parser.add_argument("--turns", type=int, default=6, help="how often each side answers 16 questions, after one more")
     parser.add_argument("--clients", type=int, help="how many ask at once: measures what the server bears")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long they ask")
     parser.add_argument("--queue", type=int, default=32, help="of the server, while clients are counted")
@@ -144,6 +145,7 @@ async def overhead(
     arguments: argparse.Namespace, engine: Engine, model: Path, index: Path, questions: Sequence[str]
 ) -> dict[str, float]:
     """Turn by turn, so that a machine that slows down does so for both sides."""
+    questions = questions[:ROWS]
     options = Options(max_new_tokens=arguments.tokens, retrieve_first=True)
     spent, written = {"engine": 0.0, "server": 0.0}, {"engine": 0, "server": 0}
     async with server(model, index, 64) as (http, _):
@@ -155,7 +157,7 @@ async def overhead(
                 count += usage
             return count
 
-        for turn in range(3 if arguments.quick else 6):
+        for turn in range(1 + arguments.turns):
             for side in ("engine", "server"):
                 started = time.perf_counter()
                 if side == "engine":
@@ -291,6 +293,7 @@ def report(arguments: argparse.Namespace, engine: Engine, figures: dict[str, flo
             "model": "trained" if arguments.model else "random" if arguments.quick else "smollm2-135m",
             "clients": arguments.clients or ROWS,
             "seconds": arguments.seconds if arguments.clients else None,
+            "turns": None if arguments.clients else arguments.turns,
             "tokens": arguments.tokens,
             "rows": ROWS,
             "queue": arguments.queue if arguments.clients else 64,

@@ -1,9 +1,13 @@
 """The server, asked by the official client and by clients that mean harm."""
 
 import asyncio
+import itertools
 import json
+import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -332,8 +336,8 @@ def test_no_log_line_and_no_error_holds_a_prompt_a_path_or_a_key(
     def failing(session: Session) -> Any:
         raise RuntimeError("secret prompt")
 
-    caplog.set_level("INFO")
     caplog.set_level("WARNING", "httpx")  # the client's own lines hold addresses
+    caplog.set_level("INFO")
     key = add_key(tmp_path / "keys", "reader", scopes=["read"])
     headers = {"authorization": f"Bearer {key}"}
     body = {"model": "cosup", "messages": [{"role": "user", "content": "secret prompt"}]}
@@ -555,3 +559,86 @@ def test_a_streamed_citation_names_the_passage_that_was_inserted(engine: Engine,
     assert len(cited) == 3
     assert [c["passage_id"] for c in cited] != told
     assert all(c["title"] == engine.index.get([c["passage_id"]])[0].title for c in cited)
+
+
+@pytest.mark.slow
+def test_killed_while_passages_are_added_every_addition_is_whole_or_absent(
+    tiny_folder: Path, passages: list[Passage], tmp_path: Path
+) -> None:
+    """Five times, each at a random moment of a server that adds four passages after four passages."""
+    build_index(passages, CoSupModel.load(tiny_folder), tmp_path / "index")
+    added: list[str] = []
+    moments = random.Random(0)
+    for life in range(5):
+        acknowledged = killed_at_work(tiny_folder, tmp_path / "index", life, moments.uniform(0.05, 1.0))
+        index = FaissIndex(tmp_path / "index")
+        added += acknowledged
+        assert [passage.id for passage in index.get(added)] == added
+        maybe = [[f"{life}-{len(acknowledged) // 4}-{i}" for i in range(4)]]  # under way when the server was killed
+        there = [present(index, id) for id in maybe[0]]
+        assert len(set(there)) == 1
+        added += maybe[0] if there[0] else []
+        assert len(index) == len(passages) + len(added)
+        index.add([Passage("after", "It can be written again.")], index.vectors(["p0"]))
+        assert index.remove(["after"]) == 1
+    assert added
+
+
+def present(index: FaissIndex, id: str) -> bool:
+    try:
+        return bool(index.get([id]))
+    except KeyError:
+        return False
+
+
+def killed_at_work(model: Path, index: Path, life: int, seconds: float) -> list[str]:
+    """Ids of passages whose addition was acknowledged before the server was killed, so long after the first."""
+    port = free_port()
+    command = [sys.executable, "-m", "cosup.cli", "serve", "--model", model, "--index", index, "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    acknowledged: list[str] = []
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        while True:
+            assert server.poll() is None
+            with suppress(httpx.TransportError):
+                if http.get("/readyz").status_code == 200:
+                    break
+            time.sleep(0.1)
+        killer = threading.Timer(seconds, server.kill)
+        for number in itertools.count():
+            ids = [f"{life}-{number}-{i}" for i in range(4)]
+            try:
+                answer = http.post("/v1/passages", json={"passages": [{"id": id, "text": f"New {id}."} for id in ids]})
+            except httpx.TransportError:
+                break
+            assert answer.status_code == 200
+            acknowledged += ids
+            if number == 0:
+                killer.start()
+    killer.join()
+    server.wait()
+    return acknowledged
+
+
+@pytest.mark.slow
+def test_sigterm_lets_a_stream_end_and_exits_with_0(tiny_folder: Path, passages: list[Passage], tmp_path: Path) -> None:
+    build_index(passages, CoSupModel.load(tiny_folder), tmp_path / "index")
+    port = free_port()
+    command = [sys.executable, "-m", "cosup.cli", "serve", "--model", tiny_folder, "--index", tmp_path / "index"]
+    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    body = {"model": "cosup", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 300, "stream": True}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        ready = False
+        while not ready:
+            assert server.poll() is None
+            time.sleep(0.1)
+            with suppress(httpx.TransportError):
+                ready = http.get("/readyz").status_code == 200
+        with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.terminate()
+            rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
+    assert server.wait() == 0
