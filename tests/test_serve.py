@@ -501,6 +501,18 @@ def test_other_sites_may_ask_only_where_they_were_named(engine: Engine) -> None:
         assert allowed(opened, "bad") == [None, None]
 
 
+def test_an_index_that_another_process_writes_is_a_503_without_its_path(
+    engine: Engine, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: Any) -> None:
+        raise UserError(f"another process writes {tmp_path}")
+
+    monkeypatch.setattr(engine.index, "add", locked)
+    answer = httpx.post(f"{address}/v1/passages", json={"passages": [{"id": "n", "text": "new"}]})
+    assert answer.status_code == 503
+    assert str(tmp_path) not in answer.text
+
+
 def test_many_clients_get_the_engines_own_answers_or_an_honest_429(engine: Engine) -> None:
     questions = [f"{QUESTION} {i}" for i in range(12)]
     options = Options(max_new_tokens=12, retrieve_first=True)

@@ -41,13 +41,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         415: "The body is not JSON.",
         429: "The queue is full; Retry-After says when to come back.",
         500: "The server failed.",
-        503: "The server is shutting down.",
+        503: "The server is shutting down, or its index can't be used.",
         504: "The request took too long.",
     }.items()
 }
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
     "/page.js": ("page.js", "text/javascript"),
     "/docs": ("docs.html", "text/html"),
     "/docs.js": ("docs.js", "text/javascript"),
@@ -200,7 +201,7 @@ class _Server:
                 for p, hit in zip(found, hits, strict=True)
             ]
 
-        return wire.SearchResult.model_construct(data=await self.worker.call(run))
+        return wire.SearchResult.model_construct(data=await self._index(run))
 
     async def add_passages(self, body: wire.AddRequest) -> wire.Added:
         """Adds passages, all or none; one whose id is there is replaced. Needs the scope write."""
@@ -213,18 +214,18 @@ class _Server:
             self.engine.index.add(passages, vectors_PD)
             return len(self.engine.index)
 
-        return wire.Added(added=len({p.id for p in passages}), count=await self.worker.call(run))
+        return wire.Added(added=len({p.id for p in passages}), count=await self._index(run))
 
     async def passage(self, id: str) -> wire.PassageForm:
         """A passage by its id."""
-        found = await self.worker.call(lambda: self.worker.passage(id))
+        found = await self._index(lambda: self.worker.passage(id))
         if found is None:
             raise Refusal(404, "there is no passage with this id", "passage_not_found")
         return wire.PassageForm.model_construct(id=found.id, text=found.text, title=found.title, meta=found.meta)
 
     async def remove_passage(self, id: str) -> wire.Removed:
         """Removes a passage. Needs the scope write."""
-        if not await self.worker.call(lambda: self.engine.index.remove([id])):
+        if not await self._index(lambda: self.engine.index.remove([id])):
             raise Refusal(404, "there is no passage with this id", "passage_not_found")
         return wire.Removed(id=id)
 
@@ -240,6 +241,14 @@ class _Server:
     async def prometheus(self) -> Response:
         """Figures for Prometheus."""
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _index(self, function: Callable[[], T]) -> T:
+        """Its errors name folders and addresses of the server, and are none of the client's."""
+        try:
+            return await self.worker.call(function)
+        except UserError:
+            told = "the index can't be used: another process writes it, it can't be reached, or a passage is too large"
+            raise Refusal(503, told, "index_unavailable") from None
 
     async def _embed(self, passages: list[Passage]) -> Vectors:
         """In small pieces, between which the answers go on."""

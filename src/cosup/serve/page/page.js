@@ -130,6 +130,7 @@ async function ask(question) {
 function kept() { try { return JSON.parse(localStorage.getItem(KEPT)) ?? []; } catch { return []; } }
 
 function drawHistory() {
+  $("past").hidden = !kept().length;
   $("history").replaceChildren(...kept().map((answer) => {
     const item = element("li"), button = element("button", answer.question, "link");
     button.type = "button";
@@ -156,7 +157,8 @@ $("form").addEventListener("submit", async (event) => {
     const answer = await ask($("question").value);
     localStorage.setItem(KEPT, JSON.stringify([answer, ...kept()].slice(0, 50)));
     drawHistory();
-    $("status").textContent = `Answered, with ${answer.citations.length} citations.`;
+    const count = answer.citations.length;
+    $("status").textContent = `Answered with ${count || "no"} ${count === 1 ? "citation" : "citations"}.`;
   } catch (error) {
     $("status").textContent = error.name === "AbortError" ? "Stopped." : "";
     if (error.name !== "AbortError") fail(error.message);
