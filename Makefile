@@ -28,6 +28,7 @@ bench: .venv/dev-installed
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/index.py --quick --model runs/demo/run
+	$(BIN)/python benchmarks/serve.py --quick
 
 clean:
 	rm -rf .venv

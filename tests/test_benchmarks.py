@@ -83,3 +83,16 @@ def test_the_index_benchmark_prints_every_figure_as_one_json_line(tiny_folder: P
     assert {"embed_vs_sentence_transformers", "overhead_vs_faiss"} <= set(figures)
     assert "ivf-pq" in done.stdout
     assert figures["least_cosine"] > 0.9999
+
+
+@pytest.mark.slow
+def test_the_load_of_the_serving_benchmark_ends_without_a_failure() -> None:
+    command = [sys.executable, BENCHMARKS / "serve.py", "--quick", "--clients", "24", "--seconds", "5", "--queue", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == "serve"
+    figures = line["figures"]
+    assert [figures[name] for name in ("failed", "different", "rows_left")] == [0, 0, 0]
+    assert figures["answered"] > 0
+    assert figures["refused"] > 0

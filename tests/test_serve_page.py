@@ -34,9 +34,13 @@ def page(address: str) -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 360, "height": 700})
+        troubles: list[str] = []
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
         page.goto(address)
         yield page
         browser.close()
+    assert [trouble for trouble in troubles if "400 (Bad Request)" not in trouble] == []
 
 
 def test_an_answer_streams_and_its_citation_opens_the_passage_as_text(page: Any) -> None:
@@ -51,6 +55,11 @@ def test_an_answer_streams_and_its_citation_opens_the_passage_as_text(page: Any)
     assert page.text_content("#title") == EVIL
     assert page.title() == "cosup"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#status:has-text('Answered with 1 citation.')")
+    assert page.text_content(".ret") == "searched"
+    assert page.text_content("#candidates h3") == "Search 1"
+    assert page.text_content("#history li") == "Which city?"
 
 
 def test_an_error_is_told(page: Any) -> None:
@@ -60,3 +69,5 @@ def test_an_error_is_told(page: Any) -> None:
     page.evaluate("document.getElementById('form').requestSubmit()")
     page.wait_for_selector("#error:not([hidden])")
     assert "max_tokens" in page.text_content("#error")
+    assert not page.is_visible("#answer")
+    assert not page.is_visible("#retrievals")

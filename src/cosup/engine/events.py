@@ -32,9 +32,10 @@ class Retrieved:
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """A passage is put into Gen's context; its tokens follow."""
+    """A passage is put into Gen's context; its tokens follow. `score` is that of its hit."""
 
     passage_id: str
+    score: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

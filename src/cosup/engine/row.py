@@ -141,7 +141,7 @@ class Row:
             self._finish("length")
             return
         self._cited.append(hit)
-        self.events.append(Inserted(hit.id))
+        self.events.append(Inserted(hit.id, hit.score))
         for token in self._template.inserted(passage, max_tokens=room):
             self._append(token, inserted=True)
         self._claim = len(self.context)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cosup.data import Passage
 from cosup.engine import ClaimClosed, Finished, Token
 from cosup.serve import wire
-from cosup.serve.worker import FailedError, Found, Item
+from cosup.serve.worker import Cited, FailedError, Found, Item
 from cosup.template import Claim, Response
 
 
@@ -28,7 +28,7 @@ class Answer:
         self._prompt_tokens, self._events = prompt_tokens, events
         self._passages: dict[str, Passage] = {}
         self._sent, self._annotated = 0, 0
-        self._cited: list[tuple[str, float]] = []
+        self._cited: list[Cited] = []
         self._closed: list[ClaimClosed] = []
 
     def take(self, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
@@ -39,6 +39,9 @@ class Answer:
                 yield self._chunk({"content": item.text})
             elif isinstance(item, Found):
                 yield from self._retrieved(item)
+            elif isinstance(item, Cited):
+                self._cited.append(item)
+                self._passages[item.passage.id] = item.passage
             elif isinstance(item, ClaimClosed):
                 self._closed.append(item)
             elif isinstance(item, Finished):
@@ -79,7 +82,6 @@ class Answer:
 
     def _retrieved(self, item: Found) -> Iterator[dict[str, Any]]:
         by_id = {passage.id: passage for passage in item.passages}
-        self._passages.update(by_id)
         told = wire.RetrievalEvent(
             position=self._sent,
             found=item.event.found,
@@ -88,19 +90,14 @@ class Answer:
             ],
         )
         self.retrievals.append(told)
-        if item.event.found:
-            cited = {id for id, _ in self._cited}
-            # the engine inserts the best passage that this answer has not read yet
-            best = next((hit for hit in item.event.hits if hit.id not in cited), item.event.hits[0])
-            self._cited.append((best.id, best.score))
         if self._events:
             yield {**self._chunk({}), "cosup": told.model_dump()}
 
     def _citations(self) -> Iterator[dict[str, Any]]:
         """Those whose claim has been sent in full."""
         while self._annotated < len(self._closed) and self._closed[self._annotated].end <= self._sent:
-            closed, (id, score) = self._closed[self._annotated], self._cited[self._annotated]
-            yield self._cite(Claim("", closed.start, closed.end, id, score))
+            closed, cited = self._closed[self._annotated], self._cited[self._annotated]
+            yield self._cite(Claim("", closed.start, closed.end, cited.passage.id, cited.score))
 
     def _finish(self, response: Response) -> Iterator[dict[str, Any]]:
         self.response = response
@@ -117,7 +114,7 @@ class Answer:
         return self._chunk({"annotations": [self._annotation(claim).model_dump()]})
 
     def _annotation(self, claim: Claim) -> wire.Annotation:
-        passage = self._passages.get(claim.passage, Passage(claim.passage, ""))
+        passage = self._passages[claim.passage]
         citation = wire.UrlCitation(
             start_index=claim.start,
             end_index=claim.end,

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from importlib import resources
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -41,13 +41,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         415: "The body is not JSON.",
         429: "The queue is full; Retry-After says when to come back.",
         500: "The server failed.",
-        503: "The server is shutting down.",
+        503: "The server is shutting down, or its index can't be used.",
         504: "The request took too long.",
     }.items()
 }
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
     "/page.js": ("page.js", "text/javascript"),
     "/docs": ("docs.html", "text/html"),
     "/docs.js": ("docs.js", "text/javascript"),
@@ -61,6 +62,7 @@ def create_app(
     limits: Limits | None = None,
     keys: Keys | None = None,
     origins: tuple[str, ...] = (),
+    worker: Worker | None = None,
 ) -> ASGIApp:
     """The whole server as an ASGI application; its lifespan starts and ends the engine's thread.
 
@@ -70,9 +72,10 @@ def create_app(
         limits: see `Limits`.
         keys: None: no key is asked for, and only requests to this machine's own name are answered.
         origins: other sites whose pages may ask this server (CORS).
+        worker: that runs the engine, for a caller who lets it drain; without it, one of the application's own.
     """
     limits = limits or Limits()
-    server = _Server(engine, name, limits)
+    server = _Server(engine, name, limits, worker or Worker(engine, queue_size=limits.queue))
     app = FastAPI(
         title="cosup", version="1", docs_url=None, redoc_url=None, lifespan=server.lifespan, redirect_slashes=False
     )
@@ -89,22 +92,21 @@ def create_app(
 
 
 class _Server:
-    def __init__(self, engine: Engine, name: str, limits: Limits):
-        self.engine, self.name, self.limits = engine, name, limits
-        self.worker = Worker(engine, queue_size=limits.queue)
+    def __init__(self, engine: Engine, name: str, limits: Limits, worker: Worker):
+        self.engine, self.name, self.limits, self.worker = engine, name, limits, worker
         self.metrics = Metrics(self.worker)
         self.created = int(time.time())
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        app.state.worker = self.worker
         self.worker.start()
         yield
         await asyncio.to_thread(self.worker.stop)
 
     def router(self) -> APIRouter:
         router = APIRouter(responses=_ERRORS)
-        add = router.add_api_route
+        api = APIRouter(dependencies=[Depends(self.taking)])
+        add = api.add_api_route
         add("/v1/chat/completions", self.chat, methods=["POST"], response_model=wire.Completion)
         add("/v1/embeddings", self.embeddings, methods=["POST"], response_model=wire.Embeddings)
         add("/v1/models", self.models, methods=["GET"], response_model=wire.Models)
@@ -113,12 +115,18 @@ class _Server:
         add("/v1/passages", self.add_passages, methods=["POST"], response_model=wire.Added)
         add("/v1/passages/{id:path}", self.passage, methods=["GET"], response_model=wire.PassageForm)
         add("/v1/passages/{id:path}", self.remove_passage, methods=["DELETE"], response_model=wire.Removed)
+        router.include_router(api)
+        add = router.add_api_route
         add("/healthz", self.health, methods=["GET"], response_class=PlainTextResponse)
         add("/readyz", self.ready, methods=["GET"], response_class=PlainTextResponse)
         add("/metrics", self.prometheus, methods=["GET"], response_class=PlainTextResponse)
         for path, (file, kind) in _PAGE.items():
             add(path, _file(file, kind), methods=["GET"], include_in_schema=False)
         return router
+
+    async def taking(self) -> None:
+        """Refuses what comes while the server drains."""
+        self.worker.check_ready()
 
     async def chat(self, request: Request, body: wire.ChatRequest) -> Any:
         """Answers a chat, with citations as annotations; as server-sent events if `stream` is true."""
@@ -193,7 +201,7 @@ class _Server:
                 for p, hit in zip(found, hits, strict=True)
             ]
 
-        return wire.SearchResult.model_construct(data=await self.worker.call(run))
+        return wire.SearchResult.model_construct(data=await self._index(run))
 
     async def add_passages(self, body: wire.AddRequest) -> wire.Added:
         """Adds passages, all or none; one whose id is there is replaced. Needs the scope write."""
@@ -206,18 +214,18 @@ class _Server:
             self.engine.index.add(passages, vectors_PD)
             return len(self.engine.index)
 
-        return wire.Added(added=len({p.id for p in passages}), count=await self.worker.call(run))
+        return wire.Added(added=len({p.id for p in passages}), count=await self._index(run))
 
     async def passage(self, id: str) -> wire.PassageForm:
         """A passage by its id."""
-        found = await self.worker.call(lambda: self.worker.passage(id))
+        found = await self._index(lambda: self.worker.passage(id))
         if found is None:
             raise Refusal(404, "there is no passage with this id", "passage_not_found")
         return wire.PassageForm.model_construct(id=found.id, text=found.text, title=found.title, meta=found.meta)
 
     async def remove_passage(self, id: str) -> wire.Removed:
         """Removes a passage. Needs the scope write."""
-        if not await self.worker.call(lambda: self.engine.index.remove([id])):
+        if not await self._index(lambda: self.engine.index.remove([id])):
             raise Refusal(404, "there is no passage with this id", "passage_not_found")
         return wire.Removed(id=id)
 
@@ -227,13 +235,20 @@ class _Server:
 
     async def ready(self) -> str:
         """Whether it takes requests."""
-        if not self.worker.ready:
-            raise StoppedError
+        self.worker.check_ready()
         return "ready\n"
 
     async def prometheus(self) -> Response:
         """Figures for Prometheus."""
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _index(self, function: Callable[[], T]) -> T:
+        """Its errors name folders and addresses of the server, and are none of the client's."""
+        try:
+            return await self.worker.call(function)
+        except UserError:
+            told = "the index can't be used: another process writes it, it can't be reached, or a passage is too large"
+            raise Refusal(503, told, "index_unavailable") from None
 
     async def _embed(self, passages: list[Passage]) -> Vectors:
         """In small pieces, between which the answers go on."""
@@ -359,7 +374,11 @@ def _as_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     status, body = _as_error(error)
-    headers = {"Retry-After": str(error.seconds)} if isinstance(error, BusyError) else None
+    headers: dict[str, str] = {}
+    if isinstance(error, BusyError):
+        headers = {"Retry-After": str(error.seconds)}
+    elif isinstance(error, StoppedError):  # the next try is to reach another server
+        headers = {"Retry-After": "1", "Connection": "close"}
     return JSONResponse(body, status, headers)
 
 

@@ -15,7 +15,7 @@ from cosup.serve.metrics import Metrics
 
 log = logging.getLogger("cosup.serve")
 
-OPEN = ("/", "/page.css", "/page.js", "/docs", "/docs.js", "/openapi.json", "/healthz", "/readyz")
+OPEN = ("/", "/page.css", "/page.js", "/icon.svg", "/docs", "/docs.js", "/openapi.json", "/healthz", "/readyz")
 """Paths that need no key: they tell nothing of passages or prompts."""
 
 CONTENT_POLICY = (

@@ -2,7 +2,10 @@
 
 import ipaddress
 import logging
+import math
+import time
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -11,6 +14,7 @@ from cosup.engine import Engine
 from cosup.serve.app import create_app
 from cosup.serve.keys import Keys
 from cosup.serve.limits import Limits
+from cosup.serve.worker import Worker
 
 
 def serve(
@@ -23,7 +27,7 @@ def serve(
     limits: Limits | None = None,
     origins: tuple[str, ...] = (),
 ) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what runs.
+    """Serves until SIGINT or SIGTERM, then finishes what runs; a second signal ends it at once.
 
     Raises:
         UserError: `host` can be reached from other machines, and there are no keys.
@@ -31,15 +35,50 @@ def serve(
     keys = check_address(host, keys_file)
     limits = limits or Limits()
     logging.getLogger("cosup.serve").setLevel(logging.INFO)
-    uvicorn.run(
-        create_app(engine, name=name, limits=limits, keys=keys, origins=origins),
+    worker = Worker(engine, queue_size=limits.queue)
+    app = create_app(engine, name=name, limits=limits, keys=keys, origins=origins, worker=worker)
+    config = uvicorn.Config(
+        app,
         host=host,
         port=port,
         access_log=False,  # it would hold paths; the guard writes a line of its own
         log_level="warning",
         server_header=False,
-        timeout_graceful_shutdown=int(limits.drain_seconds) or 1,
     )
+    DrainingServer(config, worker, seconds=limits.drain_seconds).run()
+
+
+class DrainingServer(uvicorn.Server):
+    """Listens on after the first signal until all is answered, so that a load balancer reads 503 at `/readyz`.
+
+    Args:
+        config: of uvicorn; `timeout_graceful_shutdown` is set from `seconds`.
+        worker: takes no further request after the first signal.
+        seconds: that running requests have to finish.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, *, seconds: float):
+        super().__init__(config)
+        self._worker, self._seconds = worker, seconds
+        self._end = math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Of a signal."""
+        if not self._worker.ready:
+            self.config.timeout_graceful_shutdown = 1
+            super().handle_exit(sig, frame)
+            return
+        self._worker.refuse()
+        self._end = time.monotonic() + self._seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Every 0.1 s."""
+        left = self._end - time.monotonic()
+        if left < math.inf and (left <= 0 or not self._worker.open):
+            # uvicorn waits for what is no chat, such as passages being added
+            self.config.timeout_graceful_shutdown = max(math.ceil(left), 1)
+            self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def check_address(host: str, keys_file: Path | None) -> Keys | None:

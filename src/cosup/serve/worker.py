@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cosup.data import Passage
-from cosup.engine import Engine, Event, Finished, Options, Retrieved
+from cosup.engine import Engine, Event, Finished, Inserted, Options, Retrieved
 
 log = logging.getLogger("cosup.serve")
 T = TypeVar("T")
@@ -45,7 +45,15 @@ class Found:
     passages: tuple[Passage, ...]
 
 
-Item = Event | Found
+@dataclass(frozen=True, slots=True)
+class Cited:
+    """An inserted passage, as it was at that moment: the next claim rests on it."""
+
+    passage: Passage
+    score: float
+
+
+Item = Event | Found | Cited
 _Out = asyncio.Queue[list[Item] | Exception]
 
 
@@ -88,8 +96,13 @@ class Worker:
         self._thread.start()
 
     def refuse(self) -> None:
-        """Takes no further request; those that run go on."""
+        """Takes no further request; those that run and wait go on."""
         self._stopping = True
+
+    def check_ready(self) -> None:
+        """Raises StoppedError if it takes no further request."""
+        if not self.ready:
+            raise StoppedError
 
     def stop(self) -> None:
         """Ends the thread after the step that it is in."""
@@ -105,8 +118,7 @@ class Worker:
             StoppedError: the server is shutting down.
             UserError: the engine does not take the prompt.
         """
-        if not self.ready:
-            raise StoppedError
+        self.check_ready()
         if self.open >= self.capacity:
             turns = (self.open - self.engine.options.rows + 1) / self.engine.options.rows
             raise BusyError(min(max(math.ceil(turns * self._mean_seconds), 1), 60))
@@ -186,7 +198,7 @@ class Worker:
     def _deliver(self, events: Sequence[tuple[int, Event]]) -> None:
         items: defaultdict[int, list[Item]] = defaultdict(list)
         for number, event in events:
-            items[number].append(self._found(event) if isinstance(event, Retrieved) else event)
+            items[number].append(self._with_passages(event))
         for number, each in items.items():
             if number in self._outs:
                 loop, out = self._outs[number]
@@ -194,8 +206,12 @@ class Worker:
                 if isinstance(each[-1], Finished):
                     del self._outs[number]
 
-    def _found(self, event: Retrieved) -> Found:
-        return Found(event, tuple(self.passages([hit.id for hit in event.hits])))
+    def _with_passages(self, event: Event) -> Item:
+        if isinstance(event, Retrieved):
+            return Found(event, tuple(self.passages([hit.id for hit in event.hits])))
+        if isinstance(event, Inserted):
+            return Cited(self.passages([event.passage_id])[0], event.score)
+        return event
 
     def passages(self, ids: Sequence[str]) -> list[Passage]:
         """The passages with these ids, without text where one has gone since. Only on the thread, as `call` runs it."""

@@ -61,7 +61,7 @@ function citeButton(citation, i, characters) {
 }
 
 function retrievalMark(retrieval) {
-  const mark = element("span", "⌕", "ret");
+  const mark = element("span", retrieval.found ? "searched" : "found nothing", "ret");
   mark.title = retrieval.found ? "The model retrieved here" : "The model looked here and found nothing good enough";
   mark.setAttribute("role", "img");
   mark.setAttribute("aria-label", mark.title);
@@ -73,7 +73,7 @@ async function open(id, claim) {
     const response = await checked(await fetch(`/v1/passages/${encodeURIComponent(id)}`, { headers: headers() }));
     const passage = await response.json();
     $("title").textContent = passage.title || passage.id;
-    const words = new Set((claim.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []).filter((word) => word.length > 2));
+    const words = new Set((claim.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []).filter((word) => word.length > 2 || /\p{N}/u.test(word)));
     const pieces = passage.text.split(/([\p{L}\p{N}]+)/u);
     $("text").replaceChildren(...pieces.map((piece) => words.has(piece.toLowerCase()) ? element("mark", piece) : piece));
     $("source").replaceChildren();
@@ -89,7 +89,8 @@ async function open(id, claim) {
 
 function drawCandidates(answer) {
   $("retrievals").hidden = !answer.retrievals.length;
-  $("candidates").replaceChildren(...answer.retrievals.map((retrieval) => {
+  $("candidates").replaceChildren(...answer.retrievals.flatMap((retrieval, i) => {
+    const title = element("h3", `Search ${i + 1}${retrieval.found ? "" : ", which found nothing good enough"}`);
     const list = element("ol");
     for (const found of retrieval.candidates) {
       const item = element("li"), button = element("button", found.title || found.id, "link");
@@ -98,7 +99,7 @@ function drawCandidates(answer) {
       item.append(button, element("span", ` ${found.score.toFixed(3)}`, "score"));
       list.append(item);
     }
-    return list;
+    return [title, list];
   }));
 }
 
@@ -114,7 +115,6 @@ async function ask(question) {
   };
   const options = { method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal };
   const response = await checked(await fetch("/v1/chat/completions", options));
-  $("answer").hidden = false;
   for await (const chunk of events(response)) {
     if (chunk.error) throw new Error(chunk.error.message);
     if (chunk.cosup) answer.retrievals.push(chunk.cosup);
@@ -122,6 +122,7 @@ async function ask(question) {
     answer.text += delta.content ?? "";
     answer.citations.push(...(delta.annotations ?? []).map((note) => note.url_citation));
     draw(answer);
+    $("answer").hidden = false;
     if (chunk.cosup) drawCandidates(answer);
   }
   return answer;
@@ -130,6 +131,7 @@ async function ask(question) {
 function kept() { try { return JSON.parse(localStorage.getItem(KEPT)) ?? []; } catch { return []; } }
 
 function drawHistory() {
+  $("past").hidden = !kept().length;
   $("history").replaceChildren(...kept().map((answer) => {
     const item = element("li"), button = element("button", answer.question, "link");
     button.type = "button";
@@ -150,13 +152,14 @@ $("form").addEventListener("submit", async (event) => {
   running = new AbortController();
   $("error").hidden = true;
   $("stop").hidden = false;
-  $("answer").replaceChildren();
+  $("answer").hidden = $("retrievals").hidden = true;
   $("status").textContent = "Answering…";
   try {
     const answer = await ask($("question").value);
     localStorage.setItem(KEPT, JSON.stringify([answer, ...kept()].slice(0, 50)));
     drawHistory();
-    $("status").textContent = `Answered, with ${answer.citations.length} citations.`;
+    const count = answer.citations.length;
+    $("status").textContent = `Answered with ${count || "no"} ${count === 1 ? "citation" : "citations"}.`;
   } catch (error) {
     $("status").textContent = error.name === "AbortError" ? "Stopped." : "";
     if (error.name !== "AbortError") fail(error.message);
