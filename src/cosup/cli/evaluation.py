@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cosup.cli.options import MANY, IndexOption, ModelOption, NewTokensOption
+from cosup.cli.options import IndexOption, ModelOption, NewTokensOption
 
 
 def evaluate(
@@ -37,7 +37,7 @@ def evaluate(
     from cosup.engine import Options
     from cosup.evaluate import HuggingFaceNli, RunSettings, evaluate_tasks, read_tasks, remove_run
     from cosup.index import open_index
-    from cosup.model import CoSupModel, compile_layers
+    from cosup.model import CoSupModel
 
     options = Options(max_new_tokens=max_new_tokens)
     settings = RunSettings(mode, not whole_corpus, options, name=name, mauve_model=mauve)  # type: ignore[arg-type]
@@ -47,7 +47,6 @@ def evaluate(
         remove_run(place)
     judge = HuggingFaceNli(nli) if nli else None
     opened, loaded = open_index(index), CoSupModel.load(model)
-    compile_layers(loaded, "auto" if sum(len(task.questions) for task in asked) >= MANY else False)
     evaluations = evaluate_tasks(
         loaded,
         opened,

@@ -36,5 +36,3 @@ PassagesOption = Annotated[
     list[str],
     typer.Option("--passages", help="JSONL, Parquet, a folder of Parquet, or hf:NAME[:SPLIT]; may be repeated."),
 ]
-
-MANY = 200  # questions for which compiling a model first is worth the quarter of a minute that it takes

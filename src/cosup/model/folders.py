@@ -133,7 +133,7 @@ def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSetti
         return adapters.load_merged(
             folder, tokenizer, dtype=dtype, layers=layers, template=settings.template
         ), tokenizer
-    return without_pooler(kind.from_pretrained(folder, dtype=dtype)), tokenizer
+    return without_pooler(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)), tokenizer
 
 
 def _fingerprint(folder: Path, settings: ModelSettings) -> str:

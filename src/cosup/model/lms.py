@@ -106,7 +106,8 @@ def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
     try:
         with quiet():
             source = place if place.is_dir() else name
-            return kind.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
+            lm = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)  # never a pickle
+            return lm, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(

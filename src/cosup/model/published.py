@@ -64,7 +64,7 @@ def import_published(gen: str, emb: str | None, *, out: Path, retriever: str | N
 def _open(name: str, kind: Any) -> tuple[Any, Tokenizer]:
     try:
         with quiet():
-            lm = without_pooler(kind.from_pretrained(name, dtype="auto"))
+            lm = without_pooler(kind.from_pretrained(name, dtype="auto", use_safetensors=True))
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
