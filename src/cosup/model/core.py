@@ -248,15 +248,7 @@ class CoSupModel(nn.Module):
                 f"train.objective separate trains one LM for both sides, a copy of Gen, so model.emb can't be "
                 f"{section.emb!r}: leave it out"
             )
-        settings = ModelSettings(
-            similarity=section.similarity,
-            temperature=section.temperature,
-            pooling=section.pooling,
-            emb_is_gen=section.emb == "gen",
-            emb_layers=section.emb_layers,
-            retriever=retriever,
-            template=template,
-        )
+        settings = ModelSettings.of(section, template, retriever=retriever)
         if section.lora is not None:
             control = Template(tokenizer, settings=template)
             gen, emb = adapters.adapted(section, gen, emb, rows=[control.ret, control.cs, control.ce])

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from cosup.config import Similarity, UserError
+from cosup.config import ModelSection, Similarity, UserError
 from cosup.files import atomic_folder, sha256
 from cosup.model import adapters
 from cosup.model.lms import ADAPTER_CONFIG, body_of, find_model, is_adapter_folder, quiet, without_pooler
@@ -53,6 +53,19 @@ class ModelSettings(BaseModel):
     retriever: bool = False
     template: TemplateSettings = TemplateSettings()
     fingerprint: str = ""
+
+    @classmethod
+    def of(cls, section: ModelSection, template: TemplateSettings, *, retriever: bool) -> Self:
+        """Those of the model that a recipe's `model` starts."""
+        return cls(
+            similarity=section.similarity,
+            temperature=section.temperature,
+            pooling=section.pooling,
+            emb_is_gen=section.emb == "gen",
+            emb_layers=section.emb_layers,
+            retriever=retriever,
+            template=template,
+        )
 
 
 class Parts(NamedTuple):

@@ -81,15 +81,7 @@ def sketch(
             emb = without_pooler(AutoModel.from_config(_sized(own, depth), dtype=torch.float32))
         if section.lora is not None:
             gen, emb = adapters.adapted(section, gen, emb, rows=rows)
-        settings = ModelSettings(
-            similarity=section.similarity,
-            temperature=section.temperature,
-            pooling=section.pooling,
-            emb_is_gen=section.emb == "gen",
-            emb_layers=section.emb_layers,
-            retriever=retriever,
-            template=template.model_copy(update={"end_token": None}),
-        )
+        settings = ModelSettings.of(section, template.model_copy(update={"end_token": None}), retriever=retriever)
         names = dict(zip((template.ret, template.cs, template.ce), rows, strict=True))
         tokenizer = _IdsOnly(names)
         return CoSupModel(gen, emb, tokenizer=tokenizer, emb_tokenizer=tokenizer, settings=settings)
