@@ -19,7 +19,7 @@ from train import BATCH, Side, config_of, load, our_side, parse, plain_side
 
 from cosup.config import TrainSection
 from cosup.data import Evidence, Example, Passage
-from cosup.train import Collator, backward_in_chunks
+from cosup.train import backward_in_chunks, collate
 
 CHUNK = 16
 SIDES = ("plain", "cosup", "few", "many")
@@ -72,7 +72,7 @@ def measured(side: str, arguments: argparse.Namespace) -> int:
 
 def in_chunks(side: Side, examples: list[Example], corpus: dict[str, Passage], count: int) -> None:
     """The gradient of a step with so many candidates."""
-    batch = Collator(side.model.template, corpus, TrainSection(negatives=count))(examples)
+    batch = collate(side.model.template, examples, corpus, TrainSection(negatives=count))
     assert len(batch["emb_lengths"]) == count
     backward_in_chunks(side.model, batch, size=CHUNK, objective="ntp+nsp", lambda_=1.0, temperature=0.05)
 

@@ -29,7 +29,7 @@ from cosup.data import Example, Passage, read_passages, read_questions
 from cosup.data.convert import convert
 from cosup.data.worldfacts import worldfacts
 from cosup.model import CoSupModel, compile_layers, compute_dtype
-from cosup.train import Collator, MasterAdamW, objective_loss
+from cosup.train import MasterAdamW, collate, objective_loss
 
 BATCH = 16
 
@@ -98,11 +98,10 @@ def our_side(name: str, examples: list[Example], corpus: dict[str, Passage]) -> 
     dtype = compute_dtype("auto", "cpu")
     model.to(dtype).train()
     compile_layers(model, "auto")
-    collator = Collator(model.template, corpus, TrainSection())
     optimizer = (torch.optim.AdamW if dtype == torch.float32 else MasterAdamW)(model.parameters(), lr=1e-5, fused=True)
 
     def loss(number: int) -> torch.Tensor:
-        batch = collator(examples[number * BATCH : (number + 1) * BATCH])
+        batch = collate(model.template, examples[number * BATCH : (number + 1) * BATCH], corpus, TrainSection())
         return objective_loss(model(batch), batch, objective="ntp+nsp", lambda_=1.0, temperature=0.05)[0]
 
     return Side(model, optimizer, loss)

@@ -1,5 +1,6 @@
 """Fakes: a tiny random Llama with a real tokenizer, and a few passages, questions and examples."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cosup.config import ModelSection
 from cosup.data import Evidence, Example, Passage, Question, Text
+from cosup.files import cache_folder
 from cosup.model import CoSupModel
 
 # loading bars would only clutter a failure's output
@@ -18,6 +20,18 @@ transformers.utils.logging.disable_progress_bar()
 WORDS = """Oslo is the capital of Norway. Paris is the capital of France. The krone is the money of Norway.
 Answer the question.## Input: Which city is the seat of government?## Output: true or false, supports, refutes.
 Iron is a metal with the symbol Fe; its atomic number is 26, and gold has 79. Hello, world! title :: text [SEP]"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept in the user's cache folder goes to a temporary one, in which models from packages still are."""
+    folder, real = tmp_path_factory.mktemp("cache"), cache_folder()
+    (folder / "cosup").mkdir()
+    for model in real.glob("*/config.json"):
+        (folder / "cosup" / model.parent.name).symlink_to(model.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

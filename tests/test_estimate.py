@@ -202,12 +202,3 @@ def test_a_run_starts_with_what_is_trained_and_frozen_with_tokens_steps_and_memo
     assert shown["memory"].startswith("about ")
     tokens = sum(map(module.tokens_of, module._sample(made, 1).batches[:2])) / 2
     assert shown["tokens"].startswith(f"about {tokens:,.0f} a step")
-
-
-def test_passages_that_are_only_looked_at_are_not_counted_as_shortened(recipe: Any) -> None:
-    made = recipe()
-    model = start_model(made)
-    data = module.load_data(made, model.template)
-    model.template.settings = model.template.settings.model_copy(update={"max_passage_tokens": 8})
-    assert "trained" in module.expectations(made, model, data)
-    assert model.template.shortened == set()

