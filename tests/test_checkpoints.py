@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,13 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_the_sam
     newest = sorted((again / "checkpoints").iterdir())[-1]
     (newest / "optimizer.pt").write_bytes(b"not an optimizer")
     (again / "checkpoints" / UNFINISHED / "checkpoint-7").mkdir(parents=True)  # as a killed process leaves it
+    with (again / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 9, "ntp"')  # as a full disk leaves it
     train_recipe(settings, again)
     for part in ("gen", "emb"):
         file = Path("model") / part / "model.safetensors"
         assert (whole / file).read_bytes() == (again / file).read_bytes()
+    assert [row["step"] for row in rows_of(again)] == [row["step"] for row in rows_of(whole)]
 
 
 @pytest.mark.slow
@@ -112,7 +116,9 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_uninterru
         process.wait()
         assert not (tmp_path / "killed" / "model").exists(), f"not killed in time at {steps}"
     for name in ("killed", "whole"):
-        assert start(tmp_path, name).wait() == 0
+        process = start(tmp_path, name)
+        wait_until(process, lambda process=process: process.poll() is not None)
+        assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
     for part in ("gen", "emb"):
         file = Path("model") / part / "model.safetensors"
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), (
@@ -123,14 +129,27 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_uninterru
 
 def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "cosup.cli", "train", str(folder / "recipe.yaml"), "--out", str(folder / name)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    with (folder / "stderr.txt").open("wb") as stderr:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None:
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
-        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
-            return
+    def reached() -> bool:
+        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
+        return bool(lines) and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step
+
+    wait_until(process, lambda: reached() or process.poll() is not None)
+    assert process.poll() is None, f"the run ended before step {step}"
+
+
+def wait_until(process: subprocess.Popen[bytes], happened: Callable[[], bool], *, seconds: float = 240) -> None:
+    """Waits; a process that hangs is made to say where, in every thread."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            process.send_signal(signal.SIGABRT)
+            process.wait()
+            told = Path(str(process.args[-1])).parent / "stderr.txt"
+            pytest.fail(f"nothing happened for {seconds} s: {told.read_text()}")
         time.sleep(0.01)
-    raise AssertionError(f"the run ended before step {step}")

@@ -96,6 +96,14 @@ def test_a_failure_leaves_nothing_and_a_damaged_cache_is_made_again(
     assert [again.examples[i] for i in range(len(again.examples))] == rows
 
 
+def test_a_cache_folder_that_can_not_be_made_is_told_in_a_sentence(
+    recipe: dict, tiny: CoSupModel, own_cache: Path
+) -> None:
+    own_cache.write_text("a file")
+    with pytest.raises(UserError, match="can't be written"):
+        load_data(parse_recipe(recipe), tiny.template)
+
+
 def test_what_was_left_out_and_shortened_is_told_the_second_time_too(recipe: dict, tiny: CoSupModel) -> None:
     template = tiny.template
     template.settings = template.settings.model_copy(update={"max_passage_tokens": 12})

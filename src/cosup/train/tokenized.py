@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from cosup.config import DataSection, Recipe, UserError
 from cosup.data import Example, Passage, kind_of, read_examples, read_passages, read_questions
 from cosup.data.convert import convert
-from cosup.files import atomic_folder, cache_folder, sha256
+from cosup.files import atomic_folder, cache_folder, explained, sha256
 from cosup.template import Template
 from cosup.train.rows import Row, passage_key, row_of
 
@@ -129,19 +129,23 @@ def load_data(recipe: Recipe, template: Template) -> TrainingData:
     and the settings that matter. Of several processes that start at once, one tokenises and the others wait.
 
     Raises:
-        UserError: a file is missing or malformed, a citation leads nowhere, or nothing is left to train on.
+        UserError: a file is missing or malformed, a citation leads nowhere, nothing is left to train on, or the cache
+            folder can't be written.
     """
     folder = cache_folder() / "tokenized" / _name(recipe, template)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_suffix(".lock")):
-        if (found := _open(folder)) is not None:
-            return found
-        if folder.exists():
-            logger.warning("%s is damaged; the data is tokenised again", folder)
-            shutil.rmtree(folder)
-        with atomic_folder(folder, marker=_MARKER) as new:
-            _build(recipe, template, new)
-        opened = _open(folder)
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.with_suffix(".lock")):
+            return _open(folder) or _made(recipe, template, folder)
+
+
+def _made(recipe: Recipe, template: Template, folder: Path) -> TrainingData:
+    if folder.exists():
+        logger.warning("%s is damaged; the data is tokenised again", folder)
+        shutil.rmtree(folder)
+    with atomic_folder(folder, marker=_MARKER) as new:
+        _build(recipe, template, new)
+    opened = _open(folder)
     assert opened is not None
     return opened
 

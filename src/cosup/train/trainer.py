@@ -282,9 +282,11 @@ class MetricsFile(TrainerCallback):
         self._path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keeps the lines up to the step that the run starts at."""
+        """Keeps the whole lines up to the step that the run starts at."""
+        if not state.is_world_process_zero:
+            return
         lines = self._path.read_text("utf-8").splitlines() if self._path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
         with atomic_file(self._path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
