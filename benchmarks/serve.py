@@ -8,10 +8,11 @@ passages of the built-in worldfacts. The server is `cosup serve` in a process of
 in this one, on the same cores. Every answer begins with a retrieval and has at most --tokens tokens.
 
 Without --clients: 16 streams against `Engine.generate` with 16 rows, in turns. `serve_overhead` is the share of the
-engine's tokens per second that is lost (0.1: a tenth).
+engine's tokens per second that is lost (0.1: a tenth); the clients' own work, on the same cores, is in it.
+`serve_overhead_cpu` leaves them out: CPU time of the server's process for a token over the engine's, less 1.
 
 With --clients: so many ask without a pause, every second request a stream; every tenth is broken off after its first
-event; one in ten adds and removes a passage beside them. Figures: `failed`, requests that ended neither well nor with
+event. Figures: `failed`, requests that ended neither well nor with
 an honest 429; `refused`, those 429s; `different`, answers that are not the engine's own for this question, asked alone;
 `rows_left`, rows and places of the queue in use at the end; `memory_growth`, the largest resident size of the last
 quarter of the time over that of the second, less 1.
@@ -147,8 +148,9 @@ async def overhead(
     """Turn by turn, so that a machine that slows down does so for both sides."""
     questions = questions[:ROWS]
     options = Options(max_new_tokens=arguments.tokens, retrieve_first=True)
-    spent, written = {"engine": 0.0, "server": 0.0}, {"engine": 0, "server": 0}
-    async with server(model, index, 64) as (http, _):
+    spent, cpu, written = ({"engine": 0.0, "server": 0.0} for _ in range(3))
+    async with server(model, index, 64) as (http, process):
+        processes = {"engine": psutil.Process(), "server": process}
 
         async def client(left: list[str]) -> int:
             count = 0
@@ -159,7 +161,7 @@ async def overhead(
 
         for turn in range(1 + arguments.turns):
             for side in ("engine", "server"):
-                started = time.perf_counter()
+                started, cpu_before = time.perf_counter(), cpu_seconds(processes[side])
                 if side == "engine":
                     count = sum(answer.tokens_sampled for answer in engine.generate(questions, options=options))
                 else:
@@ -167,13 +169,20 @@ async def overhead(
                     count = sum(await asyncio.gather(*(client(left) for _ in range(ROWS))))
                 if turn:  # the first warms both up
                     spent[side] += time.perf_counter() - started
+                    cpu[side] += cpu_seconds(processes[side]) - cpu_before
                     written[side] += count
     speed = {side: written[side] / spent[side] for side in spent}
     return {
         "serve_overhead": 1 - speed["server"] / speed["engine"],
+        "serve_overhead_cpu": cpu["server"] / written["server"] / (cpu["engine"] / written["engine"]) - 1,
         "tokens_per_second": speed["server"],
         "engine_tokens_per_second": speed["engine"],
     }
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 async def streamed(http: httpx.AsyncClient, asked: dict[str, Any], *, stop: bool = False) -> tuple[int, Seen, int]:

@@ -41,6 +41,7 @@ class ScriptedBody(nn.Module):
     """Emits `script[i]` as token i of the sequence, whatever it reads, and remembers what it was fed."""
 
     dtype = torch.float64
+    config = SimpleNamespace(model_type="scripted")
 
     def __init__(self, script: list[int], vocabulary: int):
         super().__init__()

@@ -24,7 +24,7 @@ from cosup.config import UserError
 from cosup.data import Passage
 from cosup.engine import Engine, Options, Session, Token
 from cosup.engine.row import Row
-from cosup.index import FaissIndex, build_index
+from cosup.index import FaissIndex, Index, PassageTooLargeError, build_collection, build_index, open_index
 from cosup.model import CoSupModel
 from cosup.serve import Keys, Limits, Worker, add_key, create_app
 from cosup.serve.run import DrainingServer, check_address
@@ -511,6 +511,54 @@ def test_an_index_that_another_process_writes_is_a_503_without_its_path(
     answer = httpx.post(f"{address}/v1/passages", json={"passages": [{"id": "n", "text": "new"}]})
     assert answer.status_code == 503
     assert str(tmp_path) not in answer.text
+
+
+def test_a_passage_that_the_index_can_not_hold_is_a_400_that_says_so(
+    engine: Engine, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise PassageTooLargeError("the text of passage 'n' has 70,000 bytes, and Milvus holds 65,535")
+
+    monkeypatch.setattr(engine.index, "add", full)
+    answer = httpx.post(f"{address}/v1/passages", json={"passages": [{"id": "n", "text": "new"}]})
+    assert answer.status_code == 400
+    assert "70,000 bytes" in answer.json()["error"]["message"]
+
+
+def test_an_index_that_fails_during_an_answer_is_logged_without_its_path(
+    engine: Engine, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError(f"{tmp_path} is gone")
+
+    monkeypatch.setattr(engine.index, "search", broken)
+    body = {"model": "cosup", "messages": [{"role": "user", "content": QUESTION}], **FIRST}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    assert answer.status_code == 500
+    assert "an answer ended early: the search of the index failed (OSError)" in caplog.text
+    assert str(tmp_path) not in answer.text + caplog.text
+
+
+def test_an_index_in_milvus_is_served_like_a_folder(engine: Engine, tmp_path: Path) -> None:
+    pytest.importorskip("pymilvus")
+    model, held = engine.model, list(engine.index)
+    url = f"milvus://{tmp_path}/index.db"
+    build_collection(held, model, url, kind="flat", shards=str(tmp_path / "shards")).close()
+    body = {"model": "cosup", "messages": [{"role": "user", "content": QUESTION}], **FIRST}
+    new = {"id": "new", "text": "Quito is high up."}
+
+    def scene(index: Index) -> list[Any]:
+        with running(Engine(model, index, engine.options)) as address, httpx.Client(base_url=address) as http:
+            found = http.post("/v1/search", json={"query": QUESTION, "top": 3}).json()["data"]
+            message = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+            added = http.post("/v1/passages", json={"passages": [new]}).json()
+            got = http.get("/v1/passages/new").json()
+            gone = [http.delete("/v1/passages/new").status_code, http.get("/v1/passages/new").status_code]
+            return [[hit["id"] for hit in found], message["content"], added, got, gone]
+
+    index = open_index(url)
+    assert scene(index) == scene(engine.index)
+    assert len(index) == len(held)
 
 
 def test_many_clients_get_the_engines_own_answers_or_an_honest_429(engine: Engine) -> None:

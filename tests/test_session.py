@@ -156,9 +156,9 @@ def test_an_error_of_the_index_ends_that_request_alone(tiny: CoSupModel, index: 
         Options(retrieve_first=True, max_new_tokens=6, where={"source": s}) for s in ("a", "broken", "lost", "b")
     ]
     good, broken, lost, other = Engine(tiny, failing).generate(["gold?"] * 4, options=options)
-    assert (broken.reason, broken.error) == ("error", "the search of the index failed: OSError: the disk is gone")
+    assert (broken.reason, broken.error) == ("error", "the search of the index failed (OSError): the disk is gone")
     assert lost.reason == "error"
-    assert "did not give passage 'p-gone': KeyError" in lost.error
+    assert lost.error == "a passage that was found could not be read (KeyError): 'p-gone'"
     assert not broken.well_formed
     for response, numbers in ((good, range(6)), (other, range(6, 12))):
         assert response.reason in ("stop", "length")

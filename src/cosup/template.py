@@ -107,7 +107,7 @@ class Response:
         claims: in order, one for each retrieval.
         well_formed: whether every claim was closed and the sequence ended by itself, without a stray control token.
         reason: why it ended: `stop`, the end of sequence or a stop string; `length`, a limit; `error`.
-        error: what went wrong, where the reason is `error`.
+        error: where the reason is `error`, what went wrong; before the first colon nothing that only its owner may see.
         nothing_found: whether a retrieval was taken back because no passage was good enough or left.
         retrieved: ids of the best passages of each retrieval, best first; one that found nothing included.
         scores: of these passages.

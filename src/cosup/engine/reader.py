@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosup.engine.decoder import decoder_of
 from cosup.model import CoSupModel, body_of
 
 
@@ -43,7 +44,8 @@ class Reader:
     """
 
     def __init__(self, model: CoSupModel, rows: int):
-        self._body, self._head = body_of(model.gen), model.gen.get_output_embeddings()
+        body = body_of(model.gen)
+        self._decoder, self._dtype, self._head = decoder_of(body), body.dtype, model.gen.get_output_embeddings()
         self._device = model.device
         self._cache = _Cache(rows, model.gen.config.num_hidden_layers)
 
@@ -55,14 +57,11 @@ class Reader:
         """
         # rows that read one token attend together, so they stand together
         order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].ids) > 1, chunks[i].slot))
-        step = self._cache.step = _Step([chunks[i] for i in order], self._device, self._body.dtype)
-        out = self._body(
-            input_ids=step.ids_S[None], position_ids=step.columns_S[None], use_cache=False, attend=self._cache
-        )
+        step = self._cache.step = _Step([chunks[i] for i in order], self._device, self._dtype)
+        states_SD = self._decoder(step.ids_S, step.columns_S, self._cache)
         ends = dict(zip(order, itertools.accumulate(step.lengths), strict=True))
         places = [place for i, chunk in enumerate(chunks) for place in range(ends[i] - chunk.wanted, ends[i])]
-        states_WD: Tensor = out.last_hidden_state[0, places]
-        return states_WD
+        return states_SD[places]
 
     def logits(self, states_RD: Tensor) -> Tensor:
         """Next-token logits [R, V]."""

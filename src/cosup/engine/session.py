@@ -251,7 +251,7 @@ class Session:
         try:
             passage: Passage = self._index.get([hit.id])[0]
         except Exception as e:
-            row.fail(_told(f"the index did not give passage {hit.id!r}", e))
+            row.fail(_told("a passage that was found could not be read", e))
             return
         row.insert(hit, passage)
 
@@ -290,4 +290,4 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _told(what: str, error: Exception) -> str:
-    return f"{what}: {type(error).__name__}: {error}"
+    return f"{what} ({type(error).__name__}): {error}"

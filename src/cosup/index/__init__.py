@@ -7,7 +7,7 @@ from cosup.index.build import build_collection, build_index
 from cosup.index.estimate import Estimate, estimate_build
 from cosup.index.folder import FaissIndex
 from cosup.index.mine import Mined, Rules, mine
-from cosup.index.protocol import Embedder, EmbedderFactory, Hit, Index, MeasuringEmbedder
+from cosup.index.protocol import Embedder, EmbedderFactory, Hit, Index, MeasuringEmbedder, PassageTooLargeError
 from cosup.index.sources import Source
 from cosup.index.update import Soundness, Update, check_index, refuse_other, update_index
 
@@ -21,6 +21,7 @@ __all__ = [
     "Index",
     "MeasuringEmbedder",
     "Mined",
+    "PassageTooLargeError",
     "Rules",
     "Soundness",
     "Source",

@@ -19,7 +19,7 @@ import numpy as np
 from cosup.config import UserError
 from cosup.data import Passage
 from cosup.index.prepare import Prepared
-from cosup.index.protocol import Embedder, Hit, Vectors
+from cosup.index.protocol import Embedder, Hit, PassageTooLargeError, Vectors
 
 T = TypeVar("T")
 SCHEME = "milvus:"
@@ -259,7 +259,7 @@ def _to_row(passage: Passage, vector_D: Vectors) -> dict[str, Any]:
     row = {"id": passage.id, "title": passage.title, "text": passage.text}
     for name, text in row.items():
         if (size := len(text.encode())) > _LONGEST:
-            raise UserError(
+            raise PassageTooLargeError(
                 f"the {name} of passage {passage.id[:40]!r} has {size:,} bytes, and Milvus holds {_LONGEST:,}: "
                 "split it, for instance with `cosup ingest`"
             )

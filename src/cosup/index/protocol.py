@@ -11,10 +11,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from cosup.config import UserError
 from cosup.data import Passage
 
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
+
+
+class PassageTooLargeError(UserError):
+    """A passage does not fit into what the index stores; its message holds no more than the passage's id and size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,11 @@ class Index(Protocol):
         ...
 
     def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
-        """Adds passages; one whose id is there already is replaced. Visible to readers only when complete."""
+        """Adds passages; one whose id is there already is replaced. Visible to readers only when complete.
+
+        Raises:
+            PassageTooLargeError: one does not fit; none is added.
+        """
         ...
 
     def remove(self, ids: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cosup.config import UserError
 from cosup.data import Passage
 from cosup.engine import Engine, Options, Token
-from cosup.index.protocol import Vectors
+from cosup.index.protocol import PassageTooLargeError, Vectors
 from cosup.serve import wire
 from cosup.serve.answers import Answer
 from cosup.serve.guard import Guard, Refusal, error_body
@@ -246,8 +246,10 @@ class _Server:
         """Its errors name folders and addresses of the server, and are none of the client's."""
         try:
             return await self.worker.call(function)
+        except PassageTooLargeError:
+            raise
         except UserError:
-            told = "the index can't be used: another process writes it, it can't be reached, or a passage is too large"
+            told = "the index can't be used: another process writes it, or it can't be reached"
             raise Refusal(503, told, "index_unavailable") from None
 
     async def _embed(self, passages: list[Passage]) -> Vectors:

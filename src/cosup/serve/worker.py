@@ -203,8 +203,10 @@ class Worker:
             if number in self._outs:
                 loop, out = self._outs[number]
                 _tell(loop, out.put_nowait, each)
-                if isinstance(each[-1], Finished):
+                if isinstance(last := each[-1], Finished):
                     del self._outs[number]
+                    if last.reason == "error":  # what follows the colon could be a path
+                        log.error("an answer ended early: %s", last.response.error.partition(":")[0])
 
     def _with_passages(self, event: Event) -> Item:
         if isinstance(event, Retrieved):
