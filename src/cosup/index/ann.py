@@ -15,7 +15,7 @@ from cosup.config import UserError
 from cosup.files import explained
 from cosup.index.mapped import MappedFile
 from cosup.index.protocol import Rows, Vectors
-from cosup.index.vectors import VectorFile
+from cosup.index.vectors import VectorFile, scores_of
 
 faiss: Any = _faiss  # its stubs lack half of what is used here
 
@@ -125,7 +125,7 @@ class AnnFile:
         scores_QC = np.full(rows_QC.shape, -np.inf, np.float32)
         for query, rows, scores in zip(queries_QD, rows_QC, scores_QC, strict=True):
             there = rows >= 0
-            scores[there] = self._vectors.rows(rows[there]) @ query
+            scores[there] = scores_of(self._vectors.rows(rows[there]), query)
         order = np.argsort(-scores_QC, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores_QC, order, 1), np.take_along_axis(rows_QC, order, 1)
 
