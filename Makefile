@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench experiment clean
 
 demo: .venv/demo-installed
 	$(BIN)/cosup demo
@@ -29,6 +29,11 @@ bench: .venv/dev-installed
 	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/index.py --quick --model runs/demo/run
 	$(BIN)/python benchmarks/serve.py --quick
+
+# DATA: a folder with train/, dev/ and corpus.jsonl.gz; stops and goes on at any time
+DATA ?= data
+experiment: .venv/dev-installed
+	$(BIN)/python experiments/run.py --data $(DATA)
 
 clean:
 	rm -rf .venv

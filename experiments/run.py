@@ -1,0 +1,272 @@
+"""Does co-supervision hold on a small model? Every condition trained, indexed, evaluated and compared.
+
+    python experiments/run.py --data FOLDER [--out runs/experiment] [--only cosup separate] [--seeds 0 1 2]
+                              [--questions 200] [--passages 10000] [--set train.max_steps=50]
+
+FOLDER holds `train/`, `dev/` and `corpus.jsonl.gz` in the form of the README's "Formats". Conditions differ from
+`recipes/experiment.yaml` in what `CONDITIONS` says, and in nothing else: same examples, same order, same steps. Those
+of the main comparison are trained with every seed, the others with the first. All are judged on the same questions of
+each data set, over one corpus that holds the gold passages and others drawn at random.
+
+What is finished is skipped, and what was interrupted goes on: stop it at any time, and run it again. `--out` then holds
+`data/`, `runs/`, `indexes/`, `evaluations/`, `report/` as `cosup report` writes it, and `cells.md`: the comparison of
+co-supervision with separate training in 13 cells, and the retrieval of all-MiniLM-L6-v2 and BM25 beside it.
+"""
+
+import argparse
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cosup import metrics, terminal
+from cosup.config import Recipe, UserError, load_recipe
+from cosup.data import Question, read_passages, read_questions, write_records
+from cosup.data.convert import convert
+from cosup.data.worldfacts import build_worldfacts
+from cosup.embedder import ContextQueries
+from cosup.engine import Options
+from cosup.evaluate import HEADLINES, Mode, RunSettings, evaluate_tasks, read_tasks
+from cosup.index import build_index, mine, open_index
+from cosup.model import CoSupModel
+from cosup.model.lms import ALL_MINILM, place_of
+from cosup.report import Condition, Run, conditions_of, read_run, write_report
+from cosup.train import train_recipe
+
+BASE = Path(__file__).parents[1] / "recipes" / "experiment.yaml"
+CONDITIONS: dict[str, tuple[str, ...]] = {
+    "cosup": (),
+    "untrained": (),
+    "separate": ("train.objective=separate",),
+    "ntp": ("train.objective=ntp",),
+    "lambda-0.03": ("train.lambda=0.03",),
+    "lambda-0.2": ("train.lambda=0.2",),
+    "lambda-5": ("train.lambda=5",),
+    "lambda-30": ("train.lambda=30",),
+    "emb-12-layers": ("model.emb_layers=12",),
+    "emb-6-layers": ("model.emb_layers=6",),
+    "emb-shared": ("model.emb=gen",),
+    "emb-minilm": ("model.emb=all-minilm-l6-v2",),
+    "hard-negatives": ("train.negatives=4",),
+    "on-passages": ("train.train_on_passages=true",),
+}
+MAIN = ("cosup", "separate", "ntp")
+MODES: dict[str, tuple[Mode, ...]] = {"cosup": ("cosup", "static", "none"), "ntp": ("bm25",)}
+"""How a condition is judged, where not by its own retrieval alone; modes after the first with the first seed only."""
+
+RETRIEVAL = ("squad", "nq", "fever", "hotpotqa", "asqa", "triviaqa", "wow")
+CORRECTNESS = RETRIEVAL[:-1]
+
+
+def main() -> None:
+    """Everything that is left to do."""
+    arguments = parse()
+    data = Data(arguments.data, arguments.out / "data", questions=arguments.questions, passages=arguments.passages)
+    data.make()
+    folders = []
+    for condition in arguments.only:
+        for seed in arguments.seeds if condition in MAIN else arguments.seeds[:1]:
+            terminal.step(f"{condition}, seed {seed}")
+            folders += one(condition, seed, data, arguments)
+    write_report(folders, arguments.out / "report")
+    told = cells(conditions_of([read_run(folder) for folder in folders])) + baselines(data, read_run(folders[0]))
+    (arguments.out / "cells.md").write_text(told)
+    print(told)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of questions and passages")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment"), help="where everything is kept")
+    parser.add_argument("--only", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help="conditions")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--questions", type=int, default=200, help="of each data set")
+    parser.add_argument("--passages", type=int, default=10_000, help="of the corpus that is searched")
+    parser.add_argument("--set", action="append", default=[], help="a setting of all recipes, as for cosup train")
+    return parser.parse_args()
+
+
+class Data:
+    """What is learnt from and judged on.
+
+    Args:
+        source: see the top of this file.
+        folder: where the questions and the corpus of the judgement are written.
+        questions: of each data set.
+        passages: of the corpus, those that the questions need included.
+    """
+
+    def __init__(self, source: Path, folder: Path, *, questions: int, passages: int):
+        self.source, self.folder, self._questions, self._passages = source, folder, questions, passages
+        self.facts = folder / "worldfacts"
+
+    def recipe(self, condition: str, seed: int, settings: Sequence[str]) -> Recipe:
+        """The whole recipe of a condition."""
+        recipe = load_recipe(BASE, [*CONDITIONS[condition], *settings, f"seed={seed}", f"name={condition}-{seed}"])
+        section = recipe.data.model_copy(
+            update={
+                "folder": self.source.resolve(),
+                "train": (*recipe.data.train, (self.facts / "train.jsonl").resolve()),
+                "passages": (*recipe.data.passages, (self.facts / "passages.jsonl").resolve()),
+            }
+        )
+        return recipe.model_copy(update={"data": section})
+
+    @property
+    def corpus(self) -> Path:
+        """The passages that are searched."""
+        return self.folder / "passages.jsonl"
+
+    @property
+    def tasks(self) -> list[Path]:
+        """The files of questions to judge by."""
+        return sorted((self.folder / "dev").glob("*.jsonl"))
+
+    def make(self) -> None:
+        """Draws questions and corpus, unless they are there. Raises UserError if training would show an answer."""
+        if self.corpus.is_file():
+            return
+        build_worldfacts(self.facts)
+        drawn = {
+            path.name.split(".")[0]: random.Random(0).sample(found, min(self._questions, len(found)))
+            for path in [*sorted((self.source / "dev").glob("*.jsonl*")), self.facts / "test.jsonl"]
+            for found in [list(read_questions(path))]
+        }
+        drawn["worldfacts"] = drawn.pop("test")
+        learnt = self.recipe("cosup", 0, []).data.train
+        refuse_leaks(
+            read_questions(*(self.source / path for path in learnt)), [q for some in drawn.values() for q in some]
+        )
+        for name, questions in drawn.items():
+            write_records(self.folder / "dev" / f"{name}.jsonl", questions)
+        needed = {id for questions in drawn.values() for question in questions for id in question.gold}
+        everything = [*read_passages(self.source / "corpus.jsonl.gz"), *read_passages(self.facts / "passages.jsonl")]
+        others = [p.id for p in everything if p.id not in needed]
+        kept = needed | set(random.Random(0).sample(others, min(max(self._passages - len(needed), 0), len(others))))
+        write_records(self.corpus, (p for p in everything if p.id in kept))
+
+
+def refuse_leaks(learnt: Iterable[Question], judged: Sequence[Question]) -> None:
+    """Raises UserError if a question, or a gold passage of one, is in training; worldfacts share facts by design."""
+    asked = {question.question.casefold() for question in judged}
+    gold = {id for question in judged if not question.task.startswith("worldfacts") for id in question.gold}
+    for question in learnt:
+        if question.question.casefold() in asked or gold.intersection(question.gold):
+            raise UserError(f"the training question {question.id!r} or its passage is in the evaluation; remove it")
+
+
+def one(condition: str, seed: int, data: Data, arguments: argparse.Namespace) -> list[Path]:
+    """Trains, indexes and evaluates a condition. Returns the folders of its evaluations."""
+    run = trained(condition, seed, data, arguments)
+    model = CoSupModel.load(run)
+    index = indexed(model, data.corpus, arguments.out / "indexes" / run.name)
+    modes = MODES.get(condition, ("cosup",))
+    folders = []
+    for mode in modes if seed == arguments.seeds[0] else modes[:1]:
+        name = condition if mode == modes[0] else f"{condition}-{mode}"
+        folders.append(arguments.out / "evaluations" / f"{name}-{seed}")
+        evaluate_tasks(
+            model,
+            index,
+            read_tasks([str(path) for path in data.tasks]),
+            folders[-1],
+            settings=RunSettings(mode, options=Options(max_new_tokens=64), name=name),
+            source=run,
+            counter=lambda what, total, unit: terminal.counting(what, total, unit=unit),
+        )
+    return folders
+
+
+def trained(condition: str, seed: int, data: Data, arguments: argparse.Namespace) -> Path:
+    """The run folder of a condition."""
+    recipe = data.recipe(condition, seed, arguments.set)
+    run: Path = arguments.out / "runs" / f"{condition}-{seed}"
+    if condition == "untrained":
+        if not (run / "cosup.json").is_file():
+            CoSupModel.start(recipe.model, seed=seed).save(run)
+        return run
+    if recipe.train.negatives:
+        mined = with_negatives(recipe, data, arguments)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": (mined.resolve(),)})})
+    return train_recipe(recipe, run, callbacks=[terminal.training_callback()], on_start=terminal.show_settings)
+
+
+def indexed(model: CoSupModel, passages: Path, folder: Path):  # type: ignore[no-untyped-def]
+    """The index of a model over passages, built where it is not there yet."""
+    if not (folder / "index.json").is_file():
+        found = list(read_passages(passages))
+        with terminal.counting("indexing", len(found), unit="passages") as on_progress:
+            build_index(found, model, folder, on_progress=on_progress)
+    return open_index(folder)
+
+
+def with_negatives(recipe: Recipe, data: Data, arguments: argparse.Namespace) -> Path:
+    """The training examples with negatives mined by the co-supervised model among the passages that they cite."""
+    path = data.folder / "mined.jsonl"
+    if path.is_file():
+        return path
+    model = CoSupModel.load(trained("cosup", recipe.seed, data, arguments))
+    known = {p.id: p for p in read_passages(*map(recipe.data.resolve, recipe.data.passages))}
+    asked = read_questions(*map(recipe.data.resolve, recipe.data.train))
+    examples = list(convert(asked, passages=known, titles={p.id: p.title for p in known.values()}))
+    cited = {part.passage for example in examples for part in example.evidence}
+    write_records(data.folder / "cited.jsonl", (known[id] for id in sorted(cited)))
+    index = indexed(model, data.folder / "cited.jsonl", arguments.out / "indexes" / "mining")
+    write_records(path, mine(examples, index, ContextQueries(model, index)))
+    return path
+
+
+def cells(conditions: Sequence[Condition]) -> str:
+    """Co-supervision against separate training in 13 cells, as Markdown."""
+    by_name = {condition.name: condition for condition in conditions}
+    if not {"cosup", "separate"} <= set(by_name):
+        return "The cells compare cosup with separate: train both.\n"
+    both = by_name["cosup"], by_name["separate"]
+    wanted = [(task, "forced_success@1") for task in RETRIEVAL]
+    wanted += [(task, correctness(task, both[0])) for task in CORRECTNESS]
+    lines, parts, held = ["| cell | cosup | separate | difference | questions |", "|---|--:|--:|--:|--:|"], [], 0
+    for task, figure in wanted:
+        ids = both[0].ids(task, figure)
+        ours, theirs = (condition.scores(task, figure, ids) for condition in both)
+        held += ours.mean() >= theirs.mean()
+        parts.append((ours, theirs))
+        lines.append(
+            f"| {task}, {figure} | {ours.mean():.3f} | {theirs.mean():.3f} | {ours.mean() - theirs.mean():+.3f} "
+            f"| {len(ids)} |"
+        )
+    found = metrics.paired_difference(*(np.hstack([pair[side] for pair in parts]) for side in (1, 0)))
+    lines += [
+        "",
+        f"At least as good in {held} of {len(wanted)} cells; over all questions of all cells {found.value:+.4f}, 95 % "
+        f"interval over questions and seeds [{found.low:+.4f}, {found.high:+.4f}], p {found.p:.4f}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def baselines(data: Data, run: Run) -> str:
+    """Success@1 of BM25 and of all-MiniLM-L6-v2 on the same corpus, as Markdown."""
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(str(place_of(ALL_MINILM, "emb")), device="cpu")
+    passages = list(read_passages(data.corpus))
+    vectors_ND = encoder.encode([f"{p.title} {p.text}".strip() for p in passages], normalize_embeddings=True)
+    lines = ["", "| retrieval, success@1 | BM25 | all-MiniLM-L6-v2 | questions |", "|---|--:|--:|--:|"]
+    for task in RETRIEVAL:
+        asked = [question for question in read_questions(data.folder / "dev" / f"{task}.jsonl") if question.gold]
+        queries_QD = encoder.encode([question.question for question in asked], normalize_embeddings=True)
+        first_Q = np.argmax(queries_QD @ vectors_ND.T, axis=1)
+        hits = [passages[place].id in question.gold for place, question in zip(first_Q, asked, strict=True)]
+        bm25 = run.evaluations[task].figures["bm25_success@1"].value
+        lines.append(f"| {task} | {bm25:.3f} | {np.mean(hits):.3f} | {len(asked)} |")
+    return "\n".join(lines) + "\n"
+
+
+def correctness(task: str, condition: Condition) -> str:
+    """The figure that a data set's answers are judged by."""
+    return next(name for name in HEADLINES[task].correctness if condition.ids(task, name))
+
+
+if __name__ == "__main__":
+    main()

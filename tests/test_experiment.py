@@ -1,0 +1,92 @@
+"""The experiment, from data to the table of cells, on a tiny model."""
+
+import gzip
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cosup.config import UserError
+from cosup.data import Passage, Question, write_records
+from cosup.data.records import QAPair
+
+PATH = Path(__file__).parents[1] / "experiments" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def experiment() -> ModuleType:
+    spec = spec_from_file_location("experiment", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def question(number: int, task: str, split: str) -> Question:
+    """Each with a gold passage of its own."""
+    more: dict[str, Any] = {"label": "SUPPORTS"} if task == "fever" else {}
+    more |= {"qa_pairs": [QAPair("Which city?", [f"city {number}"])]} if task == "asqa" else {}
+    return Question(
+        f"{split}-{task}-{number}",
+        task,
+        f"Which city is {number} in {split} {task}?",
+        answers=["SUPPORTS"] if task == "fever" else [f"city {number}"],
+        gold=[f"{split}-{task}-{number}"],
+        **more,
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path, experiment: ModuleType) -> Path:
+    folder = tmp_path / "data"
+    learnt = ("squad", "newwiki", "fever", "fm2", "selqa", "hotpotqa", "musique")
+    tasks = {"train": learnt, "dev": experiment.RETRIEVAL}
+    everything = []
+    for split, names in tasks.items():
+        for name in names:
+            asked = [question(i, name, split) for i in range(4)]
+            write_records(folder / split / f"{name}.jsonl.gz", asked)
+            everything += [
+                Passage(q.gold[0], f"The city {q.id} lies at the river {q.id}.", f"City {q.id}") for q in asked
+            ]
+    write_records(folder / "corpus.jsonl.gz", everything)
+    return folder
+
+
+@pytest.mark.slow
+def test_conditions_are_trained_judged_compared_and_not_done_twice(
+    experiment: ModuleType, source: Path, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["run.py", "--data", str(source), "--out", str(out), "--seeds", "0", "1", "--questions", "3"]
+    command += ["--passages", "80", "--only", "cosup", "separate", "hard-negatives"]
+    command += ["--set", f"model.gen={tiny_lm}", "--set", "train.max_steps=2", "--set", "train.batch_size=4"]
+    monkeypatch.setattr(sys, "argv", command)
+    experiment.main()
+    told = (out / "cells.md").read_text()
+    assert "At least as good in" in told
+    assert "of 13 cells" in told
+    assert "all-MiniLM-L6-v2" in told
+    trained = ["cosup-0", "cosup-1", "hard-negatives-0", "separate-0", "separate-1"]
+    assert sorted(path.name for path in (out / "runs").iterdir()) == trained
+    judged = sorted([*trained, "cosup-static-0", "cosup-none-0"])
+    assert sorted(path.name for path in (out / "evaluations").iterdir()) == judged
+    assert any(
+        part["negatives"] for line in (out / "data" / "mined.jsonl").open() for part in json.loads(line)["response"]
+    )
+    finished = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
+    experiment.main()
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")} == finished
+
+
+def test_training_on_what_is_judged_is_refused(experiment: ModuleType, source: Path, tmp_path: Path) -> None:
+    with gzip.open(source / "train" / "squad.jsonl.gz", "at") as file:
+        file.write(json.dumps({"id": "x", "task": "squad", "question": "WHICH CITY IS 1 in dev nq?"}) + "\n")
+    with pytest.raises(UserError, match="'x' or its passage is in the evaluation"):
+        experiment.Data(source, tmp_path / "made", questions=4, passages=50).make()
+    assert not (tmp_path / "made" / "passages.jsonl").exists()
