@@ -28,8 +28,9 @@ from cosup.config import ModelSection, TrainSection
 from cosup.data import Example, Passage, read_passages, read_questions
 from cosup.data.convert import convert
 from cosup.data.worldfacts import worldfacts
-from cosup.model import CoSupModel, compile_layers, compute_dtype
+from cosup.model import CoSupModel, compute_dtype
 from cosup.train import MasterAdamW, collate, objective_loss
+from cosup.train.compiled import compile_layers
 
 BATCH = 16
 

@@ -9,7 +9,8 @@ import torch
 from test_step import cites, collate, gradients, says, step
 
 from cosup.config import UserError
-from cosup.model import CoSupModel, compile_layers
+from cosup.model import CoSupModel
+from cosup.train.compiled import compile_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's compiler raises warnings at work, and filters them itself
 
@@ -62,7 +63,7 @@ def test_auto_leaves_small_models_and_those_that_share_a_step_as_they_are(
     assert not compile_layers(tiny, "auto")
     assert not compile_layers(tiny, False)
     assert compile_layers(tiny, "auto", size=135_000_000)
-    monkeypatch.setattr("cosup.model.compiled.several_processes", lambda: True)
+    monkeypatch.setattr("cosup.train.compiled.several_processes", lambda: True)
     assert not compile_layers(tiny, "auto", size=135_000_000)
 
 

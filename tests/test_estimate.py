@@ -9,10 +9,13 @@ from typer.testing import CliRunner
 from cosup.cli import app
 from cosup.config import Recipe, UserError, dump_recipe, load_recipe, parse_recipe
 from cosup.data import Evidence, Example, Passage, write_records
-from cosup.model import CoSupModel
+from cosup.model import CoSupModel, compute_dtype
 from cosup.model.lms import body_of
-from cosup.train import estimate as module
 from cosup.train import estimate_run, start_model, train_recipe
+from cosup.train.estimate import expected_memory, timing, tokens_of
+from cosup.train.estimate.memory import _counting
+from cosup.train.estimate.sample import _assumed, sample_of
+from cosup.train.estimate.sketches import bytes_of
 from cosup.train.optimizer import adamw
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -48,9 +51,9 @@ def recipe(deep_lm: Path, tmp_path: Path, passages: list[Passage]) -> Any:
 
 def really_kept(recipe: Recipe) -> int:
     """Bytes that the forward pass of the whole model keeps on the CPU."""
-    batch = module._sample(recipe, 1).largest
-    model = start_model(recipe).to(module.compute_dtype(recipe.train.dtype, "cpu")).train()
-    with module._counting(model) as count:
+    batch = sample_of(recipe, 1).largest
+    model = start_model(recipe).to(compute_dtype(recipe.train.dtype, "cpu")).train()
+    with _counting(model) as count:
         model(batch)
     return count()
 
@@ -71,14 +74,14 @@ def really_kept(recipe: Recipe) -> int:
 )
 def test_what_is_counted_without_weights_is_what_the_forward_pass_keeps(recipe: Any, settings: dict[str, Any]) -> None:
     made = recipe(**settings)
-    expected = module.expected_memory(made, module._sample(made, 1).largest).activations
+    expected = expected_memory(made, sample_of(made, 1).largest).activations
     assert expected == pytest.approx(really_kept(made), rel=0.05)
 
 
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"model": {"lora": {"rank": 2}}}], ids=str)
 def test_weights_gradients_and_optimiser_state_are_those_of_the_real_ones(recipe: Any, settings: Any) -> None:
     made = recipe(**settings)
-    model = start_model(made).to(module.compute_dtype(made.train.dtype, "cpu"))
+    model = start_model(made).to(compute_dtype(made.train.dtype, "cpu"))
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.ones_like(p)
@@ -86,10 +89,10 @@ def test_weights_gradients_and_optimiser_state_are_those_of_the_real_ones(recipe
     optimizer.step()
     state = optimizer.state_dict()
     moments = [t for values in state["state"].values() for t in values.values() if t.ndim]
-    memory = module.expected_memory(made, module._sample(made, 1).largest)
-    assert memory.weights == module._bytes(model.parameters())
-    assert memory.gradients == module._bytes(p.grad for p in trained)
-    assert memory.optimizer == module._bytes([*moments, *state.get("masters", [])])
+    memory = expected_memory(made, sample_of(made, 1).largest)
+    assert memory.weights == bytes_of(model.parameters())
+    assert memory.gradients == bytes_of(p.grad for p in trained)
+    assert memory.optimizer == bytes_of([*moments, *state.get("masters", [])])
 
 
 def test_chunks_and_recomputed_layers_keep_less(recipe: Any) -> None:
@@ -105,7 +108,7 @@ def test_chunks_and_recomputed_layers_keep_less(recipe: Any) -> None:
 def test_seconds_are_extrapolated_to_all_layers(recipe: Any, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     made = recipe(model)
     sketched: list[CoSupModel] = []
-    original = module._sketched
+    original = timing.sketched
 
     def watched(*args: Any, **options: Any) -> CoSupModel:
         sketch = original(*args, **options)
@@ -117,13 +120,13 @@ def test_seconds_are_extrapolated_to_all_layers(recipe: Any, monkeypatch: pytest
         gen, emb = (body_of(part).config.num_hidden_layers for part in (sketched[-1].gen, sketched[-1].emb))
         return 2.0 + gen + (0.0 if "emb" in model else 0.5 * emb)
 
-    monkeypatch.setattr(module, "_sketched", watched)
-    monkeypatch.setattr(module, "_seconds_of", one_second_a_layer)
-    monkeypatch.setattr(module, "_updates", lambda *_: 3.0)
-    sample = module._sample(made, 1)
-    batch = min(sample.batches, key=lambda b: abs(module.tokens_of(b) - sample.tokens))
+    monkeypatch.setattr(timing, "sketched", watched)
+    monkeypatch.setattr(timing, "_seconds_of", one_second_a_layer)
+    monkeypatch.setattr(timing, "_updates", lambda *_: 3.0)
+    sample = sample_of(made, 1)
+    batch = min(sample.batches, key=lambda b: abs(tokens_of(b) - sample.tokens))
     passes = 2.0 + 7 + (0.0 if "emb" in model else 0.5 * model.get("emb_layers", 7))
-    assert module._seconds(made, sample) == pytest.approx(sample.tokens / module.tokens_of(batch) * passes + 3.0)
+    assert timing.seconds_of_step(made, sample) == pytest.approx(sample.tokens / tokens_of(batch) * passes + 3.0)
 
 
 def test_steps_are_those_of_the_run(recipe: Any, tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_what_does_not_fit_this_machine_is_not_timed(recipe: Any, monkeypatch: p
     class Full:
         available = 1000
 
-    monkeypatch.setattr(module.psutil, "virtual_memory", Full)
+    monkeypatch.setattr(timing.psutil, "virtual_memory", Full)
     found = estimate_run(recipe())
     assert found.step_seconds is None
     assert "not measured: a few layers alone need" in found.table()["time a step"]
@@ -174,7 +177,7 @@ def test_what_does_not_fit_this_machine_is_not_timed(recipe: Any, monkeypatch: p
 @pytest.mark.parametrize("path", sorted((RECIPES / "paper").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_papers_recipes_are_counted_without_weights(path: Path) -> None:
     recipe = load_recipe(path)
-    memory = module.expected_memory(recipe, module._assumed(recipe, 8))
+    memory = expected_memory(recipe, _assumed(recipe, 8))
     assert memory.weights > 2 * 6.7e9
     assert memory.sharded(8) < memory.peak / 3
 
@@ -200,5 +203,5 @@ def test_a_run_starts_with_what_is_trained_and_frozen_with_tokens_steps_and_memo
     assert shown["frozen"].endswith(f"emb {frozen_emb:.1f}M")
     assert shown["steps"] == "2"
     assert shown["memory"].startswith("about ")
-    tokens = sum(map(module.tokens_of, module._sample(made, 1).batches[:2])) / 2
+    tokens = sum(map(tokens_of, sample_of(made, 1).batches[:2])) / 2
     assert shown["tokens"].startswith(f"about {tokens:,.0f} a step")

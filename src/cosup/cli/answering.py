@@ -1,68 +1,35 @@
 """Asking: one question, a file of them, the demo."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosup.cli.options import (
-    FirstOption,
-    ForgetOption,
-    IndexOption,
-    ModelOption,
-    ModeOption,
-    NewTokensOption,
-    RetrievalsOption,
-    ScoreOption,
-    SeedOption,
-    StopOption,
-    TaskOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-)
+from cosup.cli.options import IndexOption, ModelOption, TaskOption, with_writing_options
+
+if TYPE_CHECKING:
+    from cosup.engine import Options
 
 
+@with_writing_options
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: ModelOption,
     index: IndexOption,
+    *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     task: TaskOption = "",
-    max_new_tokens: NewTokensOption = 128,
-    mode: ModeOption = "cosup",
-    retrieve_first: FirstOption = False,
-    max_retrievals: RetrievalsOption = 4,
-    min_score: ScoreOption = None,
-    forget_passages: ForgetOption = False,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    stop: StopOption = None,
+    options: "Options",
 ) -> None:
     """Answer a question with cited passages, as it is written."""
     from cosup import terminal
-    from cosup.engine import Engine, Options
+    from cosup.engine import Engine
     from cosup.index import open_index
     from cosup.model import CoSupModel
 
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        mode=mode,
-        retrieve_first=retrieve_first,
-        max_retrievals=max_retrievals,
-        min_score=min_score,
-        forget_passages=forget_passages,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=tuple(stop or ()),
-        rows=1,
-    )
     opened, loaded = open_index(index), CoSupModel.load(model)
-    engine = Engine(loaded, opened, options)
+    engine = Engine(loaded, opened, replace(options, rows=1))
     prompt = loaded.template.prompt(question, task=task)
     if not as_json:
         terminal.show_answer(engine.stream(prompt), opened.get)
@@ -72,49 +39,27 @@ def ask(
     print(terminal.answer_json(question, response, opened.get(cited)))
 
 
+@with_writing_options
 def generate(
     questions: Annotated[Path, typer.Option("--input", help="JSONL of questions.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL of answers to write.")],
     model: ModelOption,
     index: IndexOption,
-    max_new_tokens: NewTokensOption = 128,
-    mode: ModeOption = "cosup",
-    retrieve_first: FirstOption = False,
-    max_retrievals: RetrievalsOption = 4,
-    min_score: ScoreOption = None,
-    forget_passages: ForgetOption = False,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    stop: StopOption = None,
+    *,
     rows: Annotated[int, typer.Option(min=1, help="Questions that are answered at once.")] = 16,
+    options: "Options",
 ) -> None:
     """Answer a file of questions; a sampled answer depends on the seed and its question alone."""
     from cosup import terminal
     from cosup.data import read_questions
-    from cosup.engine import Engine, Options
+    from cosup.engine import Engine
     from cosup.files import atomic_file
     from cosup.index import open_index
     from cosup.model import CoSupModel
 
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        mode=mode,
-        retrieve_first=retrieve_first,
-        max_retrievals=max_retrievals,
-        min_score=min_score,
-        forget_passages=forget_passages,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=tuple(stop or ()),
-        rows=rows,
-    )
     asked = list(read_questions(questions))
     opened, loaded = open_index(index), CoSupModel.load(model)
-    engine = Engine(loaded, opened, options)
+    engine = Engine(loaded, opened, replace(options, rows=rows))
     prompts = [loaded.template.prompt(question.question, task=question.task) for question in asked]
     with terminal.counting("answering", len(asked), unit="questions") as on_progress:
         responses = engine.generate(prompts, on_progress=on_progress)

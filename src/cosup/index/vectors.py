@@ -128,9 +128,7 @@ def _candidates(queries_QD: Vectors, vectors_PD: Vectors, k: int) -> tuple[Vecto
     """
     wanted = min(k + _MARGIN, len(vectors_PD))
     block_PD = from_dlpack(vectors_PD)
-    products = (
-        from_dlpack(queries_QD[i : i + _QUERIES]) @ block_PD.T for i in range(0, len(queries_QD), _QUERIES)
-    )
+    products = (from_dlpack(queries_QD[i : i + _QUERIES]) @ block_PD.T for i in range(0, len(queries_QD), _QUERIES))
     places_QC: Rows = torch.cat([each.topk(wanted, sorted=False).indices for each in products]).numpy()
     pairs = zip(places_QC, queries_QD, strict=True)
     return np.stack([scores_of(vectors_PD[places], query) for places, query in pairs]), places_QC

@@ -1,6 +1,5 @@
 """Gen and Emb_seq as one model: packed training passes, embedding, folders on disk."""
 
-from cosup.model.compiled import compile_layers
 from cosup.model.core import CoSupModel, Output
 from cosup.model.folders import ModelSettings
 from cosup.model.lms import Dtype, body_of, compute_dtype, find_model, keep_freed_memory
@@ -18,7 +17,6 @@ __all__ = [
     "body_of",
     "chunk_count",
     "chunks",
-    "compile_layers",
     "compute_dtype",
     "find_model",
     "import_published",

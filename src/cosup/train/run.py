@@ -18,10 +18,11 @@ from transformers import TrainerCallback
 
 from cosup.config import Recipe, UserError, dump_recipe, load_recipe
 from cosup.files import atomic_file, explained
-from cosup.model import CoSupModel, compile_layers, compute_dtype
+from cosup.model import CoSupModel, compute_dtype
 from cosup.template import TemplateSettings
 from cosup.train.checkpoints import is_sharded, newest_checkpoint, whole_weights
 from cosup.train.collate import Collator, NeighbourSampler
+from cosup.train.compiled import compile_layers
 from cosup.train.estimate import expectations
 from cosup.train.parts import choose_trained, save_activations
 from cosup.train.tokenized import TrainingData, load_data
