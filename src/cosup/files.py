@@ -55,7 +55,7 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
     try:
         with explained(path):
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
+            _share(temporary)
             _replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -70,6 +70,14 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _share(folder: Path) -> None:
+    """Gives a folder and all in it the modes of any new one: what makes temporary files keeps them to their owner."""
+    mask = _umask()
+    for place in (folder, *folder.rglob("*")):
+        if not place.is_symlink():
+            place.chmod((0o777 if place.is_dir() else 0o666) & ~mask)
 
 
 def _replace_folder(new: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,9 @@ def read(folder: Path, dtype: torch.dtype) -> Parts:
     """Opens a model folder, or that of a run. Raises UserError for what `CoSupModel.load` says."""
     folder = find_model(folder)
     settings = read_settings(folder)
+    for file in folder.rglob("*.safetensors"):
+        if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
+            raise UserError(f"{file} can't be read by this user; let its owner allow it, for instance with chmod a+r")
     with quiet(), _explained(folder):
         gen, tokenizer = _load_part(folder / "gen", AutoModelForCausalLM, dtype, settings)
         if settings.emb_is_gen:
