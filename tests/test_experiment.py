@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cosup.config import UserError
-from cosup.data import Passage, Question, write_records
+from cosup.data import Passage, Question, read_examples, write_records
 from cosup.data.records import QAPair
 
 PATH = Path(__file__).parents[1] / "experiments" / "run.py"
@@ -76,9 +76,8 @@ def test_conditions_are_trained_judged_compared_and_not_done_twice(
     assert sorted(path.name for path in (out / "runs").iterdir()) == trained
     judged = sorted([*trained, "cosup-static-0", "cosup-none-0"])
     assert sorted(path.name for path in (out / "evaluations").iterdir()) == judged
-    assert any(
-        part["negatives"] for line in (out / "data" / "mined.jsonl").open() for part in json.loads(line)["response"]
-    )
+    mined = list(read_examples(out / "data" / "mined.jsonl"))
+    assert any(part.negatives for example in mined for part in example.evidence)
     finished = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
     experiment.main()
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")} == finished

