@@ -51,7 +51,8 @@ Seen = tuple[str, tuple[tuple[str, int, int], ...]]
 
 def main() -> None:
     arguments = parse()
-    questions = [question.question for question in worldfacts().test[:QUESTIONS]]
+    count = QUESTIONS if arguments.clients else ROWS * (1 + arguments.turns)
+    questions = [question.question for question in worldfacts().test[:count]]
     with tempfile.TemporaryDirectory() as folder:
         model, index = arguments.model, arguments.index
         if model is None:
@@ -146,7 +147,6 @@ async def overhead(
     arguments: argparse.Namespace, engine: Engine, model: Path, index: Path, questions: Sequence[str]
 ) -> dict[str, float]:
     """Turn by turn, so that a machine that slows down does so for both sides."""
-    questions = questions[:ROWS]
     options = Options(max_new_tokens=arguments.tokens, retrieve_first=True)
     spent, cpu, written = ({"engine": 0.0, "server": 0.0} for _ in range(3))
     async with server(model, index, 64) as (http, process):
@@ -160,12 +160,13 @@ async def overhead(
             return count
 
         for turn in range(1 + arguments.turns):
+            asked = questions[turn * ROWS : (turn + 1) * ROWS]  # never the same: the server still has what it read
             for side in ("engine", "server"):
                 started, cpu_before = time.perf_counter(), cpu_seconds(processes[side])
                 if side == "engine":
-                    count = sum(answer.tokens_sampled for answer in engine.generate(questions, options=options))
+                    count = sum(answer.tokens_sampled for answer in engine.generate(asked, options=options))
                 else:
-                    left = list(questions)
+                    left = list(asked)
                     count = sum(await asyncio.gather(*(client(left) for _ in range(ROWS))))
                 if turn:  # the first warms both up
                     spent[side] += time.perf_counter() - started
