@@ -174,12 +174,27 @@ def test_what_does_not_fit_this_machine_is_not_timed(recipe: Any, monkeypatch: p
     assert found.memory.peak > 0
 
 
+def test_bfloat16_that_this_cpu_imitates_is_not_timed(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = estimate_run(recipe(dtype="bfloat16"))
+    assert found.step_seconds is None
+    assert "can only imitate" in found.table()["time a step"]
+
+
 @pytest.mark.parametrize("path", sorted((RECIPES / "paper").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_papers_recipes_are_counted_without_weights(path: Path) -> None:
     recipe = load_recipe(path)
     memory = expected_memory(recipe, _assumed(recipe, 8))
     assert memory.weights > 2 * 6.7e9
     assert memory.sharded(8) < memory.peak / 3
+
+
+@pytest.mark.parametrize(("name", "processes"), [("llama3.2-1b", 1), ("qwen3-0.6b", 1), ("llama2-7b", 8)])
+def test_the_recipes_of_larger_models_fit_cards_of_80_gb(name: str, processes: int) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    memory = expected_memory(recipe, _assumed(recipe, recipe.train.batch_size // processes))
+    assert 20e9 < memory.sharded(processes) < 70e9
 
 
 def test_a_dry_run_prints_a_table_and_writes_nothing(recipe: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from cosup.train.parts import choose_trained
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PAPER = sorted((FOLDER / "paper").glob("*.yaml"))
+LARGER = {"llama3.2-1b": 2048, "qwen3-0.6b": 1024, "llama2-7b": 4096}
 LAUNCH = sorted((FOLDER / "accelerate").glob("*.yaml"))
 # as their publishers state them
 PUBLISHED = {
@@ -42,6 +43,15 @@ def test_the_papers_recipes_are_valid_without_weights(path: Path) -> None:
     assert (model.projection is None) is (recipe.model.emb is None)
     assert model.dim == 4096
     assert model.settings.pooling == "last"
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_the_recipes_of_larger_models_are_valid_without_weights(name: str) -> None:
+    recipe = load_recipe(FOLDER / f"{name}.yaml")
+    model = sketch(recipe.model)
+    choose_trained(model, recipe)
+    assert (model.device.type, model.dim) == ("meta", LARGER[name])
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_sketch_has_the_parameters_of_the_model_that_the_recipe_starts_from(tiny_lm: Path) -> None:

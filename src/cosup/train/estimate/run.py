@@ -9,7 +9,7 @@ from cosup.model import CoSupModel
 from cosup.train.estimate.memory import Memory, expected_memory
 from cosup.train.estimate.sample import SAMPLED, Sample, first_batches, sample_of
 from cosup.train.estimate.sketches import bytes_of
-from cosup.train.estimate.timing import seconds_of_step, too_large
+from cosup.train.estimate.timing import seconds_of_step, untimed_because
 from cosup.train.tokenized import TrainingData
 
 _GB = 1e9
@@ -95,7 +95,7 @@ def estimate_run(recipe: Recipe, *, processes: int | None = None) -> Estimate:
         )
     sample = sample_of(recipe, processes)
     memory = expected_memory(recipe, sample.largest)
-    seconds, untimed = None, too_large(recipe, sample)
+    seconds, untimed = None, untimed_because(recipe)
     if not untimed:
         seconds = seconds_of_step(recipe, sample)
     return Estimate(recipe, sample, memory, seconds, untimed, processes)

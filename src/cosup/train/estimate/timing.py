@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from cosup.config import Recipe
-from cosup.model import Batch, CoSupModel, chunks
+from cosup.model import Batch, CoSupModel, chunks, compute_dtype
 from cosup.train.compiled import compile_layers
 from cosup.train.estimate.sample import Sample, tokens_of
 from cosup.train.estimate.sketches import CUT, local_device, moved_to, size_of, sketched, whole_depth
@@ -36,8 +36,10 @@ def seconds_of_step(recipe: Recipe, sample: Sample) -> float:
     return scale * whole_depth(recipe, model, passes) + updates
 
 
-def too_large(recipe: Recipe, sample: Sample) -> str:
-    """Why the cut models can't be timed here; empty where they can."""
+def untimed_because(recipe: Recipe) -> str:
+    """Why a step is not timed here; empty where it can be."""
+    if recipe.train.dtype == "bfloat16" and compute_dtype("auto", local_device()) != torch.bfloat16:
+        return "not measured: the recipe computes in bfloat16, which this CPU can only imitate"
     cut = sketched(recipe, layers=_timed_layers(recipe), device="meta")
     need = _BYTES_TRAINED * sum(p.numel() for p in cut.parameters())
     free = torch.cuda.mem_get_info()[0] if local_device() == "cuda" else psutil.virtual_memory().available
