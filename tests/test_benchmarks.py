@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -42,6 +43,26 @@ def test_both_sides_of_the_training_benchmark_read_the_same_tokens(
     ours = benchmark.our_side(str(tiny_lm), examples, corpus)
     benchmark.plain_side(str(tiny_lm), examples, corpus, benchmark.torch.float32).loss(0)
     assert seen["plain"] == benchmark.real_tokens(ours.model, corpus, examples)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_measures_every_side(tiny_lm: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "train_gpu.py", "--device", "cpu", "--models", tiny_lm]
+    command += ["--batch", "2", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = {
+        name.rpartition(" ")[2]: value for name, value in json.loads(done.stdout.splitlines()[-1])["figures"].items()
+    }
+    assert {f"{side}_tokens_per_second" for side in ("cosup", "gen", "emb", "plain", "trainer")} <= set(figures)
+    assert {"utilisation", "cost_of_both", "speedup_vs_plain", "product_tflops"} <= set(figures)
+    assert all(value > 0 for value in figures.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it does without a GPU")
+def test_the_gpu_benchmark_says_where_it_was_not_run() -> None:
+    done = subprocess.run([sys.executable, BENCHMARKS / "train_gpu.py"], capture_output=True, text=True, check=True)
+    assert done.stdout == "not run: there is no GPU here\n"
 
 
 @pytest.mark.slow

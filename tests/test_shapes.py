@@ -16,6 +16,7 @@ LARGER = {"llama3.2-1b": 2048, "qwen3-0.6b": 1024, "llama2-7b": 4096}
 LAUNCH = sorted((FOLDER / "accelerate").glob("*.yaml"))
 # as their publishers state them
 PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": 1_100_048_384,
     "openai-community/gpt2-large": 774_030_080,
