@@ -45,5 +45,7 @@ def test_layers_called_by_hand_give_the_states_that_transformers_gives(config, l
     for parameter in body.parameters():  # norms of all ones would hide a forgotten one
         parameter.add_(torch.randn_like(parameter) * 0.05)
     ids, positions = torch.randint(50, (7,)), torch.arange(3, 10)
-    expected = _TransformersDecoder(body)(ids, positions, causal)
-    torch.testing.assert_close(by_hand(ids, positions, causal), expected, rtol=1e-12, atol=1e-12)
+    for wanted in ([0, 1, 2, 3, 4, 5, 6], [6], [5, 2]):
+        places = torch.tensor(wanted)
+        expected = _TransformersDecoder(body)(ids, positions, causal, places)
+        torch.testing.assert_close(by_hand(ids, positions, causal, places), expected, rtol=1e-12, atol=1e-12)

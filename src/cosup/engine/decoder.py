@@ -1,6 +1,7 @@
 """Gen's layers, run with few operations: a step that writes a token spends as long between its products as in them.
 
-Shapes: S tokens of a step, D hidden size; H heads of queries, G heads of keys and values, d head size.
+Shapes: S tokens of a step, W of them whose states are wanted, D hidden size; H heads of queries, G heads of keys and
+values, d head size, E = H d.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from cosup.model.packing import Attend
 
-Decoder = Callable[[Tensor, Tensor, Attend], Tensor]
-"""Last hidden states [S, D] of tokens [S] at positions [S]; what they attend to is asked of `attend`."""
+Decoder = Callable[[Tensor, Tensor, Attend, Tensor], Tensor]
+"""Last hidden states [W, D] of those tokens [S], at positions [S], that are at the places [W] of the step; what they
+attend to is asked of `attend`."""
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")  # normalised before, rotated halves, gated SiLU
 
@@ -29,10 +31,10 @@ class _TransformersDecoder:
     def __init__(self, body: Any):
         self._body = body
 
-    def __call__(self, ids_S: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, ids_S: Tensor, positions_S: Tensor, attend: Attend, wanted_W: Tensor) -> Tensor:
         out = self._body(input_ids=ids_S[None], position_ids=positions_S[None], use_cache=False, attend=attend)
-        states_SD: Tensor = out.last_hidden_state[0]
-        return states_SD
+        states_WD: Tensor = out.last_hidden_state[0, wanted_W]
+        return states_WD
 
 
 class _LlamaDecoder:
@@ -41,20 +43,24 @@ class _LlamaDecoder:
     def __init__(self, body: Any):
         self._body = body
 
-    def __call__(self, ids_S: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, ids_S: Tensor, positions_S: Tensor, attend: Attend, wanted_W: Tensor) -> Tensor:
         x_SD = self._body.embed_tokens(ids_S)
         cos_1Sd, sin_1Sd = self._body.rotary_emb(x_SD, positions_S[None])
         half = sin_1Sd.shape[-1] // 2
         sin_1Sd[..., :half] *= -1  # the first half is turned the other way
         rotation = cos_1Sd[0, :, None], sin_1Sd[0, :, None]
         for number, layer in enumerate(self._body.layers):
-            x_SD += _attended(layer.self_attn, number, layer.input_layernorm(x_SD), rotation, attend)
+            taken_SE = _attended(layer.self_attn, number, layer.input_layernorm(x_SD), rotation, attend)
+            if number + 1 == len(self._body.layers):
+                x_SD, taken_SE = x_SD[wanted_W], taken_SE[wanted_W]  # no layer reads the other tokens' states
+            x_SD += layer.self_attn.o_proj(taken_SE)
             x_SD += _transformed(layer.mlp, layer.post_attention_layernorm(x_SD))
-        states_SD: Tensor = self._body.norm(x_SD)
-        return states_SD
+        states_WD: Tensor = self._body.norm(x_SD)
+        return states_WD
 
 
 def _attended(module: Any, number: int, x_SD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    """What the heads took [S, E], before the product that puts it together."""
     size = module.head_dim
     query_SHd, key_SGd, value_SGd = (
         project(x_SD).view(len(x_SD), -1, size) for project in (module.q_proj, module.k_proj, module.v_proj)
@@ -67,8 +73,7 @@ def _attended(module: Any, number: int, x_SD: Tensor, rotation: tuple[Tensor, Te
     query_SHd, key_SGd = both.split([query_SHd.shape[1], key_SGd.shape[1]], 1)
     query_1HSd, key_1GSd, value_1GSd = (x.transpose(0, 1)[None] for x in (query_SHd, key_SGd, value_SGd))
     taken_1HSd = attend(number, query_1HSd, key_1GSd, value_1GSd, module.scaling)
-    out_SD: Tensor = module.o_proj(taken_1HSd[0].transpose(0, 1).reshape(len(x_SD), -1))
-    return out_SD
+    return taken_1HSd[0].transpose(0, 1).reshape(len(x_SD), -1)
 
 
 def _transformed(module: Any, x_SD: Tensor) -> Tensor:

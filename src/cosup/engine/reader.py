@@ -58,10 +58,9 @@ class Reader:
         # rows that read one token attend together, so they stand together
         order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].ids) > 1, chunks[i].slot))
         step = self._cache.step = _Step([chunks[i] for i in order], self._device, self._dtype)
-        states_SD = self._decoder(step.ids_S, step.columns_S, self._cache)
         ends = dict(zip(order, itertools.accumulate(step.lengths), strict=True))
         places = [place for i, chunk in enumerate(chunks) for place in range(ends[i] - chunk.wanted, ends[i])]
-        return states_SD[places]
+        return self._decoder(step.ids_S, step.columns_S, self._cache, torch.tensor(places, device=self._device))
 
     def logits(self, states_RD: Tensor) -> Tensor:
         """Next-token logits [R, V]."""
