@@ -38,6 +38,7 @@ from cosup.train.rows import Row
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T")
 EXAMPLE, PASSAGE, CLAIM = (120, 360), (90, 256), (10, 40)  # tokens, shortest and longest
 PAD = 2
+WARM_UP = 2  # steps that are not timed
 Steps = list[list[Row]]
 Passages = Mapping[int, list[int]]
 
@@ -64,35 +65,31 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="whose shapes")
     parser.add_argument("--batch", type=int, default=64, help="examples a step")
-    parser.add_argument("--steps", type=int, default=8, help="timed, after two to warm up")
+    parser.add_argument("--steps", type=int, default=8, help="timed, after those that warm up")
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 
 
 def measured(name: str, arguments: argparse.Namespace, ceiling: float) -> dict[str, float]:
     """The figures of one model."""
-    device, count = arguments.device, arguments.steps + 2
-    vocabulary = sketch(ModelSection(gen=name)).gen.config.vocab_size
-    steps, passages = made_up(vocabulary, count=count, batch=arguments.batch)
-    tokens = sum(len(row.ids) + len(passages[row.gold[0]]) for rows in steps[2:] for row in rows)
-    figures: dict[str, float] = {}
-    seconds: dict[str, float] = {}
-    for side in (cosup, gen, emb, plain_step, trainer):
-        with torch.device(device):
-            model = sketch(ModelSection(gen=name), device=device).to(torch.bfloat16).train()
+    section, device = ModelSection(gen=name), arguments.device
+    shapes = sketch(section)
+    steps, passages = made_up(shapes.gen.config.vocab_size, count=arguments.steps + WARM_UP, batch=arguments.batch)
+    rows = [row for step in steps[WARM_UP:] for row in step]
+    of_gen, of_emb = sum(len(row.ids) for row in rows), sum(len(passages[row.gold[0]]) for row in rows)
+    tokens = {"gen": of_gen, "trainer": of_gen, "emb": of_emb}
+    seconds, figures = {}, {}
+    for label, side in SIDES.items():
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        label = side.__name__.removesuffix("_step")
-        seconds[label] = sum(list(side(model, steps, passages, device))[2:])
-        figures[f"{label}_tokens_per_second"] = (
-            sum(len(row.ids) for rows in steps[2:] for row in rows) if label in {"gen", "trainer"} else tokens
-        ) / seconds[label]
+        model = sketch(section, device=device).to(torch.bfloat16).train()
+        seconds[label] = sum(list(side(model, steps, passages, device))[WARM_UP:])
+        figures[f"{label}_tokens_per_second"] = tokens.get(label, of_gen + of_emb) / seconds[label]
         if device.startswith("cuda"):
             figures[f"{label}_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        work = operations(model, [row for rows in steps[2:] for row in rows], passages)
         del model
     return figures | {
-        "utilisation": work / seconds["cosup"] / ceiling,
+        "utilisation": operations(shapes, rows, passages) / seconds["cosup"] / ceiling,
         "cost_of_both": seconds["cosup"] / (seconds["gen"] + seconds["emb"]),
         "speedup_vs_plain": seconds["plain"] / seconds["cosup"],
     }
@@ -150,7 +147,7 @@ def emb(model: CoSupModel, steps: Steps, passages: Passages, device: str) -> Ite
     return timed(loss, MasterAdamW(model.emb.parameters(), lr=1e-5, fused=True), steps, device)
 
 
-def plain_step(model: CoSupModel, steps: Steps, passages: Passages, device: str) -> Iterator[float]:
+def plainly(model: CoSupModel, steps: Steps, passages: Passages, device: str) -> Iterator[float]:
     """Seconds of each step of `plain.py`."""
     for part in (model.gen, model.emb):
         part.set_attn_implementation("sdpa")
@@ -206,6 +203,9 @@ def padded(rows: Sequence[Row]) -> dict[str, Tensor]:
         "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows]),
         "labels": torch.tensor([row.labels + [IGNORED] * (longest - len(row.ids)) for row in rows]),
     }
+
+
+SIDES = {"cosup": cosup, "gen": gen, "emb": emb, "plain": plainly, "trainer": trainer}
 
 
 def timed(
