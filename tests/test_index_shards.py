@@ -184,3 +184,11 @@ def test_a_shard_whose_vectors_are_damaged_is_not_done(tmp_path: Path, monkeypat
 def test_several_workers_without_a_factory_are_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="factory"):
         build_index(corpus(5), SlowEmbedder(), tmp_path / "index", workers=2)
+
+
+def test_shards_leave_files_of_others_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "theirs.txt").write_text("kept")
+    store = ShardStore(str(tmp_path))
+    store.write("done-000000.json", b"{}")
+    store.delete()
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.txt"]

@@ -28,6 +28,8 @@ from cosup.index.vectors import Stored, encode
 
 SHARD = 1024  # passages, sorted by length together
 
+_OURS = ("passages-", "plan-", "vectors-", "done-")
+
 
 class ShardStore:
     """The shards of one build.
@@ -66,8 +68,13 @@ class ShardStore:
                 os.replace(target, path)
 
     def delete(self) -> None:
-        """Removes everything."""
-        self._fs.delete_dir(self._root)
+        """Removes what was written here; a folder on disk too, if it holds nothing else."""
+        found = self._fs.get_file_info(fs.FileSelector(self._root))
+        ours = [info for info in found if info.base_name.startswith(_OURS)]
+        for info in ours:
+            self._fs.delete_file(info.path)
+        if len(ours) == len(found) and isinstance(self._fs, fs.LocalFileSystem):
+            self._fs.delete_dir(self._root)
 
 
 def plan_shards(store: ShardStore, passages: Iterable[Passage], *, fingerprint: str, dtype: Dtype) -> Iterator[int]:

@@ -287,7 +287,8 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[list[dict[str, Any]]
 @contextmanager
 def _workers(section: DataSection, template: Template) -> Iterator[Callable[[Any, Iterator[Any]], Iterator[Any]]]:
     """A map of work over jobs, in order: in other processes where there is enough to do."""
-    size = sum(section.resolve(path).stat().st_size for path in section.train)
+    files = filter(Path.is_file, map(section.resolve, section.train))  # whoever reads the others says what is wrong
+    size = sum(path.stat().st_size for path in files)
     processes = min(os.cpu_count() or 1, 16)
     if size < _WORTH or processes == 1:
         yield lambda work, jobs: (work(template, *job) for job in jobs)
