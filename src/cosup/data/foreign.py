@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +46,7 @@ def read_json_lines(path: Path, shape: type[Model], *, name: str) -> Iterator[tu
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         yield number, _validated(adapter, line, f"{path}:{number} is not {name}")
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise _unreadable(path, e, name) from None
 
 
@@ -57,7 +58,7 @@ def first_json_line(path: Path) -> Any:
             with gzip.open(raw) if zipped else raw as file:
                 line = next((line for line in file if line.strip()), b"")
         return json.loads(line)
-    except (OSError, EOFError, ValueError, RecursionError):
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error):
         return None
 
 
@@ -92,7 +93,7 @@ def _bytes(path: Path, name: str) -> bytes:
     try:
         raw = path.read_bytes()
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise _unreadable(path, e, name) from None
 
 
