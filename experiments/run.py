@@ -14,9 +14,12 @@ co-supervision with separate training in 13 cells, and the retrieval of all-Mini
 """
 
 import argparse
+import json
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +31,7 @@ from cosup.data.worldfacts import build_worldfacts
 from cosup.embedder import ContextQueries
 from cosup.engine import Options
 from cosup.evaluate import HEADLINES, Mode, RunSettings, evaluate_tasks, read_tasks
+from cosup.files import atomic_file
 from cosup.index import build_index, mine, open_index
 from cosup.model import CoSupModel
 from cosup.model.lms import ALL_MINILM, place_of
@@ -62,7 +66,9 @@ CORRECTNESS = RETRIEVAL[:-1]
 def main() -> None:
     """Everything that is left to do."""
     arguments = parse()
-    data = Data(arguments.data, arguments.out / "data", questions=arguments.questions, passages=arguments.passages)
+    drawn = {"questions": arguments.questions, "passages": arguments.passages}
+    refuse_another(arguments.out, drawn | {"set": arguments.set})
+    data = Data(arguments.data, arguments.out / "data", **drawn)
     data.make()
     folders = []
     for condition in arguments.only:
@@ -86,6 +92,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--passages", type=int, default=10_000, help="of the corpus that is searched")
     parser.add_argument("--set", action="append", default=[], help="a setting of all recipes, as for cosup train")
     return parser.parse_args()
+
+
+def refuse_another(out: Path, settings: dict[str, Any]) -> None:
+    """Keeps the settings of an experiment; raises UserError if those of the one in its folder are others."""
+    path = out / "settings.json"
+    if not path.is_file():
+        with atomic_file(path) as file:
+            file.write((json.dumps(settings, indent=1) + "\n").encode())
+    if (kept := json.loads(path.read_text("utf-8"))) != settings:
+        raise UserError(f"{out} holds an experiment with {kept}, not {settings}; name another folder with --out")
 
 
 class Data:
@@ -269,4 +285,8 @@ def correctness(task: str, condition: Condition) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

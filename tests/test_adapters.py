@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_train import Interrupt, StoppedError
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -232,20 +233,10 @@ def test_a_model_without_an_adapter_beside_one_with_is_not_trained(recipe: Any) 
 
 
 def test_an_interrupted_run_with_adapters_goes_on_to_the_same_weights(recipe: Any, tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
-    class StoppedError(Exception):
-        pass
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 3:
-                raise StoppedError
-
     settings = recipe(train={"save_steps": 2, "max_steps": 4, "epochs": 9}, model={"lora": {"rank": 2, "dropout": 0.1}})
     whole = train_recipe(settings, tmp_path / "whole")
     with pytest.raises(StoppedError):
-        train_recipe(settings, tmp_path / "resumed", callbacks=[Interrupt()])
+        train_recipe(settings, tmp_path / "resumed", callbacks=[Interrupt(3)])
     resumed = train_recipe(settings, tmp_path / "resumed")
     for part in ("gen", "emb"):
         file = Path("model") / part / "adapter_model.safetensors"

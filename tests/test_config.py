@@ -157,6 +157,8 @@ def test_trainer_keys_that_would_split_the_candidates_are_refused(write, key, ou
 def test_settings_that_contradict_each_other_are_refused(write):
     assert "emb_layers can't cut Gen's own body" in _refused(write(), "model.emb=gen", "model.emb_layers=2")
     assert "go together" in _refused(write(), "train.eval_steps=5")
+    judged = ("train.eval_steps=5", "data.dev=[d.jsonl]")
+    assert "save_steps must be 0 or train.eval_steps" in _refused(write(), *judged, "train.save_steps=10")
 
 
 def test_a_mapping_without_a_file_is_refused_in_the_name_of_the_recipe():

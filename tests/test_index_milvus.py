@@ -178,11 +178,32 @@ def test_duplicates_are_found_in_milvus_too(url, tmp_path):
     index.close()
 
 
+def test_user_and_password_are_handed_on_and_shown_nowhere(monkeypatch):
+    pymilvus = pytest.importorskip("pymilvus")
+    asked = []
+
+    class Client:
+        def __init__(self, uri, token=""):
+            asked.append((uri, token))
+
+        def has_collection(self, name):
+            return False
+
+    monkeypatch.setattr(pymilvus, "MilvusClient", Client)
+    with pytest.raises(UserError) as caught:
+        open_index("milvus://root:p%40ss:word@host:19531/notes")
+    assert asked == [("http://host:19531", "root:p@ss:word")]
+    assert "at milvus://host:19531/notes" in str(caught.value)
+    assert "ss:word" not in str(caught.value)
+
+
 def test_what_milvus_can_not_do_is_said(url, tmp_path):
     with pytest.raises(UserError, match="there is no index at milvus:"):
         open_index(url)
     with pytest.raises(UserError, match="is no address of Milvus"):
         open_index("milvus://host:19530")
+    with pytest.raises(UserError, match=r"'milvus://host:99999/c' is no address of Milvus \(Port out of range"):
+        open_index("milvus://user:secret@host:99999/c")
     with pytest.raises(UserError, match="Milvus has no kind 'OPQ'"):
         _build(_passages(3), url, tmp_path, kind="OPQ")
     index = _build(_passages(3), url, tmp_path)

@@ -1,9 +1,10 @@
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_train import corpus, recipe, rows_of, with_train
+from test_train import Interrupt, StoppedError, corpus, recipe, rows_of, with_train
 
 from cosup.config import Recipe, UserError, parse_recipe
 from cosup.data import Passage
@@ -110,16 +111,30 @@ def test_shared_weights_train_and_are_saved_once(recipe: dict, tiny_lm: Path, tm
     assert model.embed_passages([Passage("a", "gold")]).shape == (1, 32)
 
 
-def test_a_dev_set_is_judged_during_training_and_the_best_model_is_kept(recipe: dict, tmp_path: Path) -> None:
+def judged(recipe: dict) -> Recipe:
+    """A run with a dev set, whose rate ruins the model after a good start."""
     raw = {**recipe, "data": recipe["data"] | {"dev": ["examples.jsonl"]}}
-    # a rate that ruins the model after a good start
-    run = train_recipe(
-        with_train(raw, max_steps=8, eval_steps=2, schedule="constant", learning_rate=0.05), tmp_path / "r"
-    )
+    return with_train(raw, max_steps=8, eval_steps=2, schedule="constant", learning_rate=2)
+
+
+def assert_the_best_is_kept(run: Path) -> None:
     rows = [row for row in rows_of(run) if "eval_loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert {"eval_ntp", "eval_nsp", "eval_accuracy"} <= set(rows[0])
     best = min(rows, key=lambda row: row["eval_loss"])["step"]
+    assert best < 8  # or the last weights would pass
     kept = load_file(run / "checkpoints" / f"checkpoint-{best}" / "model.safetensors")
     final = load_file(run / "model" / "emb" / "model.safetensors")
     assert final["norm.weight"].equal(kept["emb.norm.weight"])
+
+
+def test_a_dev_set_is_judged_during_training_and_the_best_model_is_kept(recipe: dict, tmp_path: Path) -> None:
+    assert_the_best_is_kept(train_recipe(judged(recipe), tmp_path / "r"))
+
+
+def test_the_best_model_is_kept_where_the_run_was_interrupted_after_it(recipe: dict, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        train_recipe(judged(recipe), tmp_path / "r", callbacks=[Interrupt(7)])
+    assert_the_best_is_kept(train_recipe(judged(recipe), tmp_path / "r"))
+    shutil.rmtree(tmp_path / "r" / "model")  # as a run that was killed after its last checkpoint leaves it
+    assert_the_best_is_kept(train_recipe(judged(recipe), tmp_path / "r"))

@@ -1,5 +1,6 @@
 """Two gloo processes give the loss and every gradient of one process on the joined batch."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from cosup import train
 from cosup.config import Objective, TrainSection
@@ -18,6 +25,7 @@ from cosup.model import Batch, CoSupModel, chunk_count, chunks
 from cosup.model.core import Output
 from cosup.train import backward_in_chunks, objective_loss
 from cosup.train.checkpoints import is_sharded, whole_weights
+from cosup.train.optimizer import adamw
 from cosup.train.parts import save_activations
 
 PASSAGES = [Passage(f"p{i}", f"{text} ({i})", "Title") for i, text in enumerate(["Oslo", "krone", "iron, gold"] * 4)]
@@ -154,6 +162,59 @@ def test_sharded_weights_are_gathered_whole(distributed: Path, tiny: CoSupModel)
     whole, expected = load_file(distributed / "whole"), tiny.state_dict()
     assert set(whole) == set(expected)
     assert all(torch.equal(weight, whole[name]) for name, weight in expected.items())
+
+
+def sharded_masters(rank: int, folder: Path, model_folder: Path) -> None:
+    """Optimisers made before the weights are sharded, as transformers and accelerate do it; the second goes on."""
+    gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    saved: Any = None
+    for name, first, last in (("whole", 0, 4), ("resumed", 2, 4)):
+        model, optimizer = wrapped_after_its_optimizer(model_folder)
+        if first:
+            set_model_state_dict(model, saved[0], options=spread)
+            set_optimizer_state_dict(model, optimizer, saved[1], options=spread)
+        for number in range(first, last):
+            give_gradients(model, number)
+            optimizer.step()
+            if number == 1:
+                state = get_optimizer_state_dict(model, optimizer, options=gather)
+                saved = copy.deepcopy((whole_weights(model), state))
+        weights = {key: weight.clone() for key, weight in whole_weights(model).items()}
+        if rank == 0:
+            save_file(weights, folder / name)
+
+
+def wrapped_after_its_optimizer(model_folder: Path) -> tuple[Any, torch.optim.Optimizer]:
+    model = CoSupModel.load(model_folder, dtype="bfloat16", device="cpu")
+    optimizer = adamw(list(model.parameters()), TrainSection(weight_decay=0.1, learning_rate=0.01))
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    sharded = wrap(model, "fsdp", "ntp+nsp")
+    now = dict(sharded.named_parameters())
+    for group, members in zip(optimizer.param_groups, held, strict=True):
+        group["params"] = [now[name] for name in members]
+    return sharded, optimizer
+
+
+def give_gradients(model: torch.nn.Module, number: int) -> None:
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) * (number + 1)
+
+
+def test_masters_of_sharded_bfloat16_weights_step_and_resume_like_whole_ones(tiny_folder: Path, tmp_path: Path) -> None:
+    two_processes(sharded_masters, tmp_path, tiny_folder)
+    model = CoSupModel.load(tiny_folder, dtype="bfloat16", device="cpu")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimizer = adamw(list(model.parameters()), TrainSection(weight_decay=0.1, learning_rate=0.01))
+    for number in range(4):
+        give_gradients(model, number)
+        optimizer.step()
+    whole, resumed = load_file(tmp_path / "whole"), load_file(tmp_path / "resumed")
+    for name, weight in model.state_dict().items():
+        assert not torch.equal(weight, before[name])
+        assert torch.equal(weight, whole[name]), name
+        assert torch.equal(weight, resumed[name]), name
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -1,13 +1,16 @@
 import itertools
 import json
+import logging
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import TrainerCallback, TrainingArguments
 
 from cosup import losses
 from cosup.config import Recipe, TrainSection, UserError, parse_recipe
@@ -23,6 +26,7 @@ from cosup.train import (
     rate_at,
     remove_run,
     train_recipe,
+    trainer,
 )
 from cosup.train.collate import passage_key
 
@@ -50,6 +54,21 @@ def recipe(corpus: Path, tiny_lm: Path) -> dict:
             "learning_rate": 1e-2,
         },
     }
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Interrupt(TrainerCallback):
+    """Stops a run at the end of a step, before anything of it is saved."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step_end(self, args: object, state: Any, control: object, **_: object) -> None:
+        if state.global_step == self._step:
+            raise StoppedError
 
 
 def with_train(raw: dict, **changes: object) -> Recipe:
@@ -155,26 +174,35 @@ def test_a_finished_run_is_left_as_it_is_and_another_recipe_is_refused(recipe: d
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe: dict, tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
-    class StoppedError(Exception):
-        pass
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
-            if state.global_step == 5:  # type: ignore[attr-defined]
-                raise StoppedError
-
     settings = with_train(recipe, max_steps=8, save_steps=3)
     whole = train_recipe(settings, tmp_path / "whole")
     with pytest.raises(StoppedError):
-        train_recipe(settings, tmp_path / "resumed", callbacks=[Interrupt()])
+        train_recipe(settings, tmp_path / "resumed", callbacks=[Interrupt(5)])
     assert not (tmp_path / "resumed" / "model").exists()
     resumed = train_recipe(settings, tmp_path / "resumed")
     for part in ("gen", "emb"):
         file = Path("model") / part / "model.safetensors"
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()
     assert [row["step"] for row in rows_of(resumed)] == [row["step"] for row in rows_of(whole)]
+
+
+def test_a_run_ends_by_epochs_or_by_steps_whichever_comes_first(recipe: dict, tmp_path: Path) -> None:
+    by_epochs = train_recipe(with_train(recipe, epochs=1.5, max_steps=500), tmp_path / "epochs")
+    alone = train_recipe(with_train(recipe, epochs=1.5, max_steps=None), tmp_path / "alone")
+    by_steps = train_recipe(with_train(recipe, epochs=1.5, max_steps=1), tmp_path / "steps")
+    steps = [rows_of(run)[-1]["step"] for run in (by_epochs, alone, by_steps)]
+    assert 1 < steps[0] == steps[1] < 10
+    assert steps[2] == 1
+
+
+def test_one_process_trains_on_one_gpu_and_says_that_others_are_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: arguments.__dict__.get("_n_gpu") or 8))
+    with caplog.at_level(logging.WARNING):
+        arguments = trainer._arguments(TrainSection(), tmp_path, 0, examples=100)
+    assert arguments.n_gpu == 1
+    assert "7 GPUs are idle" in caplog.text
 
 
 def test_the_budget_in_minutes_ends_a_run(recipe: dict, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import torch
 from test_train import corpus, recipe
 
 from cosup.config import TrainSection, UserError, parse_recipe
-from cosup.data import Passage, Question, read_examples, read_questions, write_records
+from cosup.data import Evidence, Example, Passage, Question, read_examples, read_questions, write_records
 from cosup.data.convert import convert
 from cosup.files import cache_folder
 from cosup.model import CoSupModel
+from cosup.template import Template
 from cosup.train import Collator, collate, load_data
 from cosup.train import tokenized as module
 from cosup.train.rows import passage_key
@@ -73,6 +74,25 @@ def test_what_was_tokenised_before_is_opened_and_anything_that_changes_it_tokeni
     data = load_data(parse_recipe(recipe), tiny.template)
     assert len(built) == 4
     assert "new" in [data.examples[i].id for i in range(len(data.examples))]
+
+
+def test_another_end_of_sequence_token_tokenises_again(recipe: dict, tiny: CoSupModel) -> None:
+    made = parse_recipe(recipe)
+    ends = [load_data(made, template).examples[0].ids[-1] for template in (tiny.template, _ending_with(tiny, 7))]
+    assert ends == [tiny.template.eos, 7]
+
+
+def _ending_with(model: CoSupModel, eos: int) -> Template:
+    template = Template(model.template.tokenizer, settings=model.template.settings)
+    template.eos = eos
+    return template
+
+
+def test_a_negative_that_no_file_of_passages_holds_is_named(recipe: dict, tiny: CoSupModel, corpus: Path) -> None:
+    example = Example("e", "squad", "Which?", (Evidence("p0", "Oslo", negatives=("elsewhere", "nowhere")),))
+    write_records(corpus / "examples.jsonl", [example])
+    with pytest.raises(UserError, match="the examples name 'elsewhere' and 1 others as gold or negative"):
+        load_data(parse_recipe(recipe), tiny.template)
 
 
 def test_a_failure_leaves_nothing_and_a_damaged_cache_is_made_again(

@@ -1,6 +1,7 @@
 """Recipes: every setting of a run as pydantic models, their YAML, and the error a user can cause."""
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -129,13 +130,18 @@ class TrainSection(Section):
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Losses and in-batch accuracy on `data.dev` every so many steps; the model that did best is the one kept."""
     save_steps: Annotated[int, Field(ge=0)] = 0
-    """A checkpoint every so many steps; 0: none but the finished model."""
+    """A checkpoint every so many steps; 0: at every judgement by `data.dev`, or none but the finished model."""
     log_steps: Annotated[int, Field(ge=1)] = 5
     """A line of metrics every so many steps."""
     report_to: tuple[str, ...] = ()
     """Trackers besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`."""
     trainer: dict[str, Any] = {}
     """Any other field of transformers.TrainingArguments."""
+
+    def steps(self, examples: int) -> int:
+        """Optimisation steps of a run over so many examples: by epochs or by `max_steps`, whichever ends first."""
+        by_epochs = math.ceil(math.ceil(examples / self.batch_size) * self.epochs)
+        return min(by_epochs, self.max_steps or by_epochs)
 
 
 class Recipe(Section):
@@ -162,6 +168,10 @@ class Recipe(Section):
             raise ValueError("model.emb_layers can't cut Gen's own body; leave it out, or leave out model.emb: gen")
         if bool(self.train.eval_steps) != bool(self.data.dev):
             raise ValueError("train.eval_steps and data.dev go together: give both, or neither")
+        if self.train.eval_steps and self.train.save_steps not in (0, self.train.eval_steps):
+            raise ValueError(
+                "train.save_steps must be 0 or train.eval_steps: the best model can be kept only where it is saved"
+            )
         return self
 
 

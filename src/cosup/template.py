@@ -162,6 +162,11 @@ class Template:
         self._bos = _surroundings(tokenizer)[0]
         self._emb_before, self._emb_after = self._emb_surroundings()
 
+    @property
+    def frames(self) -> list[list[int]]:
+        """What stands around texts: Gen's beginning and end, and what comes before and after Emb_seq's passages."""
+        return [self._bos, [self.eos], self._emb_before, self._emb_after]
+
     def encode(self, text: str) -> list[int]:
         """Ids of a segment of text for Gen; never a control token, whatever it holds."""
         return _encode(self.tokenizer, text)

@@ -30,6 +30,8 @@ from cosup.index.manifest import (
     write_manifest,
 )
 from cosup.index.mapped import MappedFile
+from cosup.index.parts import parts_of, renamed, settled
+from cosup.index.prepare import normalised
 from cosup.index.protocol import Hit, Rows, Vectors
 from cosup.index.segment import Segment, add_structure, write_segment
 from cosup.index.vectors import best, encode
@@ -55,6 +57,7 @@ class FaissIndex:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        self._lock = _lock_of(self.folder)
         self._open()
 
     def _open(self) -> None:
@@ -129,13 +132,23 @@ class FaissIndex:
     def __contains__(self, id: str) -> bool:
         return self._find(id) is not None
 
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Ids of duplicates, with the id of the passage that stands for each."""
+        return self._aliases
+
     def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
         """See `Index.add`. Writes a new segment: cost grows with what is added; `compact` joins segments."""
-        self.change(passages, vectors_PD)
+        ids = {passage.id for passage in passages}
+        with self.writing():
+            old_parts = {part for id in ids for part in parts_of(self, id)} - ids
+            self.change(passages, vectors_PD, remove=old_parts)
 
     def remove(self, ids: Sequence[str]) -> int:
         """See `Index.remove`. The rows are left out of searches until `compact` drops them."""
-        return self.change([], np.zeros((0, self.dim), np.float32), remove=ids)
+        with self.writing():
+            everything = {*ids, *(part for id in ids for part in parts_of(self, id))}
+            return self.change([], np.zeros((0, self.dim), np.float32), remove=everything)
 
     def change(
         self,
@@ -145,13 +158,13 @@ class FaissIndex:
         remove: Iterable[str] = (),
         aliases: Mapping[str, str] | None = None,
     ) -> int:
-        """Adds and removes in one step.
+        """Adds and removes in one step; a duplicate takes the place of the passage that stood for it, if that goes.
 
         Args:
             passages: to add, each in the place of the one that has its id.
             vectors_PD: float32 [P, D].
-            remove: ids; those that are not there are passed over.
-            aliases: ids of duplicates and the ids that stand for them, all of them; without it, those that still hold.
+            remove: ids, of duplicates too; those that are not there are passed over.
+            aliases: ids of further duplicates, and the ids that stand for them.
 
         Returns:
             How many of `remove` were there.
@@ -161,26 +174,36 @@ class FaissIndex:
         """
         if vectors_PD.shape != (len(passages), self.dim):
             raise ValueError(f"vectors must have shape [{len(passages)}, {self.dim}], not {list(vectors_PD.shape)}")
-        remove = set(remove)
         last = {passage.id: place for place, passage in enumerate(passages)}  # of an id that comes twice
-        with self._writing():
-            gone = {row for row in (self._find(id) for id in remove - set(last)) if row is not None}
-            replaced = {row for row in (self._find(id) for id in last) if row is not None}
-            if aliases is None:
-                changed = {*last, *remove}
-                aliases = {a: id for a, id in self._aliases.items() if a not in changed and id not in changed}
-            if not last and not gone and aliases == self._aliases:
+        new = {id: (passages[place], vectors_PD[place]) for id, place in last.items()}
+        with self.writing():
+            gone = {id for id in set(remove) - set(new) if id in self or id in self._aliases}
+            replaced = {id for id in new if id in self}
+            lost = {id for id in self._aliases.values() if id in gone or (id in new and self._differs(new[id][0]))}
+            known, heirs = settled(self._aliases, lost=lost, taken={*new, *gone}, new=aliases or {})
+            if not new and not gone and known == self._aliases:
                 return 0
-            new = [passages[place] for place in last.values()]
-            self._commit(new, vectors_PD[list(last.values())], gone | replaced, aliases)
-        self._note("changed", added=len(last) - len(replaced), replaced=len(replaced), removed=len(gone))
+            inherited = dict(self._under_new_ids(heirs))
+            dead = {row for row in map(self._find, gone | replaced) if row is not None}
+            self._commit(list((new | inherited).values()), dead, known)
+        self._note("changed", added=len(new) - len(replaced), replaced=len(replaced), removed=len(gone))
         return len(gone)
 
-    def _commit(self, passages: list[Passage], vectors_PD: Vectors, dead: set[int], aliases: Mapping[str, str]) -> None:
+    def _differs(self, passage: Passage) -> bool:
+        return normalised(self.get([passage.id])[0]) != normalised(passage)
+
+    def _under_new_ids(self, heirs: Mapping[str, str]) -> Iterator[tuple[str, tuple[Passage, Vectors]]]:
+        for old, new in heirs.items():
+            for id in (old, *parts_of(self, old)):
+                passage = renamed(self.get([id])[0], old, new)
+                yield passage.id, (passage, self.vectors([id])[0])
+
+    def _commit(self, new: list[tuple[Passage, Vectors]], dead: set[int], aliases: Mapping[str, str]) -> None:
         generation = self.manifest.generation + 1
         segments = list(self.manifest.segments)
-        if passages:
-            stored = encode(vectors_PD.astype(np.float32, copy=False), self.manifest.dtype)
+        if new:
+            passages = [passage for passage, _ in new]
+            stored = encode(np.stack([vector_D for _, vector_D in new]).astype(np.float32), self.manifest.dtype)
             segments.append(
                 write_segment(self.folder, generation, lambda: passages, lambda: iter([stored]), count=len(passages))
             )
@@ -199,7 +222,7 @@ class FaissIndex:
         """
         from cosup.index.ann import choose
 
-        with self._writing():
+        with self.writing():
             chosen = choose(kind or self.manifest.kind, len(self))
             generation, alive = self.manifest.generation + 1, self._alive()
             segments = []
@@ -250,9 +273,13 @@ class FaissIndex:
         self._open()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with writing(self.folder):
-            self._open()  # another writer may have been here since
+    def writing(self) -> Iterator[None]:
+        """Keeps other writers out, and starts from what the last one left; may be nested. Raises as `writing`."""
+        if self._lock.is_locked:
+            yield
+            return
+        with writing(self.folder, self._lock):
+            self._open()
             yield
 
     def _note(self, what: str, **details: Any) -> None:
@@ -342,16 +369,24 @@ def clean(folder: Path, manifest: Manifest) -> None:
             path.unlink()
 
 
+def _lock_of(folder: Path) -> filelock.BaseFileLock:
+    return filelock.FileLock(folder / "lock", timeout=0)
+
+
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, lock: filelock.BaseFileLock | None = None) -> Iterator[None]:
     """Keeps other writers of a folder out; the system lets go of it when this process ends, however it ends.
+
+    Args:
+        folder: made where it is not there.
+        lock: the one to hold; a new one without it.
 
     Raises:
         UserError: another writer is at work.
     """
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / "lock", timeout=0)
+        lock = lock or _lock_of(folder)
         try:
             lock.acquire()
         except filelock.Timeout:

@@ -18,7 +18,8 @@ import numpy as np
 
 from cosup.config import UserError
 from cosup.data import Passage
-from cosup.index.prepare import Prepared
+from cosup.index.parts import parts_of, renamed, settled
+from cosup.index.prepare import Prepared, normalised
 from cosup.index.protocol import Embedder, Hit, PassageTooLargeError, Vectors
 
 T = TypeVar("T")
@@ -38,8 +39,8 @@ class MilvusIndex:
     there in part, and is completed by making it again.
 
     Args:
-        url: `milvus:///folder/file.db` (Milvus Lite), or `milvus://host:port/collection`; a token for the latter is
-            read as `milvus://token@host:port/collection`.
+        url: `milvus:///folder/file.db` (Milvus Lite), or `milvus://host:port/collection`; for the latter a token, or a
+            user and a password, stand before the host: `milvus://user:password@host:port/collection`.
 
     Raises:
         UserError: pymilvus is not installed, the server can't be reached, or there is no such index.
@@ -47,14 +48,14 @@ class MilvusIndex:
 
     def __init__(self, url: str):
         self._client, self._collection = _connect(url)
-        with _explained(url):
+        self.url = _without_token(url)
+        with _explained(self.url):
             if not self._client.has_collection(self._collection):
-                raise UserError(f"there is no index at {url}: make one with `cosup index build --out {url}`")
+                raise UserError(f"there is no index at {self.url}: make one with `cosup index build --out {self.url}`")
             self._client.load_collection(self._collection)
-            header = _read_header(self._client, self._collection, url)
-        self.url, self.fingerprint, self.dim = url, str(header["fingerprint"]), int(header["dim"])
-        self.kind = str(header["kind"])
-        self._aliases: dict[str, str] = header["aliases"]
+        self._aliases = self._read_aliases()
+        self.fingerprint, self.dim = str(self._header["fingerprint"]), int(self._header["dim"])
+        self.kind = str(self._header["kind"])
 
     def __len__(self) -> int:
         with _explained(self.url):
@@ -100,22 +101,56 @@ class MilvusIndex:
         """See `Index.add`, and the remark on changes above."""
         if vectors_PD.shape != (len(passages), self.dim):
             raise ValueError(f"vectors must have shape [{len(passages)}, {self.dim}], not {list(vectors_PD.shape)}")
-        last = {passage.id: place for place, passage in enumerate(passages)}
-        rows = [_to_row(passages[place], vectors_PD[place]) for place in last.values()]
-        with _explained(self.url):
-            for start in range(0, len(rows), _BATCH):
-                self._client.upsert(self._collection, rows[start : start + _BATCH])
+        new = {passage.id: (passage, vector_D) for passage, vector_D in zip(passages, vectors_PD, strict=True)}
+        rows = [_to_row(*row) for row in new.values()]
+        old_parts = {part for id in new for part in parts_of(self, id)} - new.keys()
+        aliases = self._read_aliases()
+        lost = {id for id in set(aliases.values()) & new.keys() if self._differs(new[id][0])}
+        aliases, heirs = settled(aliases, lost=lost, taken=new, new={})
+        self._write([*self._under_new_ids(heirs), *rows], aliases)
+        self._delete(old_parts)
 
     def remove(self, ids: Sequence[str]) -> int:
         """See `Index.remove`."""
+        gone = {*ids, *(part for id in ids for part in parts_of(self, id))}
+        known = self._read_aliases()
+        aliases, heirs = settled(known, lost=gone, taken=gone, new={})
+        self._write([*self._under_new_ids(heirs)], aliases)
+        return self._delete(gone) + len(gone & known.keys())
+
+    def _differs(self, passage: Passage) -> bool:
+        return normalised(self.get([passage.id])[0]) != normalised(passage)
+
+    def _under_new_ids(self, heirs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        for old, new in heirs.items():
+            ids = [old, *parts_of(self, old)]
+            for passage, vector_D in zip(self.get(ids), self.vectors(ids), strict=True):
+                yield _to_row(renamed(passage, old, new), vector_D)
+
+    def _write(self, rows: list[dict[str, Any]], aliases: dict[str, str]) -> None:
+        with _explained(self.url):
+            for batch in _batches(rows):
+                self._client.upsert(self._collection, batch)
+            if aliases != self._aliases:
+                _write_header(self._client, self._collection, {**self._header, "aliases": aliases})
+        self._aliases = aliases
+
+    def _delete(self, ids: Iterable[str]) -> int:
         removed = 0
         with _explained(self.url):
-            for keys in _batches([_key(id) for id in dict.fromkeys(ids)]):
+            for keys in _batches(map(_key, sorted(ids))):
                 known = self._client.query(self._collection, filter=_among(keys), output_fields=["key"])
                 if known:
                     self._client.delete(self._collection, filter=_among([row["key"] for row in known]))
                     removed += len(known)
         return removed
+
+    def _read_aliases(self) -> dict[str, str]:
+        """Those of now: another process may have changed them."""
+        with _explained(self.url):
+            self._header = _read_header(self._client, self._collection, self.url)
+        self._aliases = dict(self._header["aliases"])
+        return self._aliases
 
     def close(self) -> None:
         """Lets go of the connection; of Milvus Lite, so that another process can open the file."""
@@ -159,7 +194,7 @@ def build_milvus(
     client, collection = _connect(url)
     building, old = f"{collection}_building", f"{collection}_old"
     prepared = Prepared(passages, embedder)
-    with _explained(url):
+    with _explained(_without_token(url)):
         client.drop_collection(building)
         _create(client, building, embedder.dim, kind)
         count = 0
@@ -171,7 +206,7 @@ def build_milvus(
             raise UserError("the corpus is empty: name a file with at least one passage")
         header = {"format_version": FORMAT_VERSION, "fingerprint": embedder.fingerprint, "dim": embedder.dim}
         header |= {"kind": kind, "aliases": prepared.aliases}
-        client.alter_collection_properties(building, properties={"cosup": json.dumps(header)})
+        _write_header(client, building, header)
         if client.has_collection(collection):
             client.drop_collection(old)
             client.rename_collection(collection, old)
@@ -187,16 +222,26 @@ def _connect(url: str) -> tuple[Any, str]:
     except ImportError:
         raise UserError("Milvus is not installed: run `pip install 'cosup[milvus]'`") from None
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it raises too
-    parts = urllib.parse.urlsplit(url)
+    parts, shown = urllib.parse.urlsplit(url), _without_token(url)
+    try:
+        port = parts.port or 19530
+    except ValueError as e:
+        raise UserError(f"{shown!r} is no address of Milvus ({e}); write milvus://host:19530/collection") from None
     if parts.scheme + ":" != SCHEME or not parts.path.strip("/"):
-        raise UserError(f"{url!r} is no address of Milvus; write milvus:///file.db or milvus://host:19530/collection")
-    with _explained(url):
+        raise UserError(f"{shown!r} is no address of Milvus; write milvus:///file.db or milvus://host:19530/collection")
+    with _explained(shown):
         if not parts.hostname:
             place = Path(urllib.parse.unquote(parts.path))
             place.parent.mkdir(parents=True, exist_ok=True)
             return MilvusClient(str(place)), "cosup"
-        server = f"http://{parts.hostname}:{parts.port or 19530}"
-        return MilvusClient(server, token=parts.username or ""), parts.path.strip("/")
+        token = urllib.parse.unquote(parts.netloc.rpartition("@")[0])
+        return MilvusClient(f"http://{parts.hostname}:{port}", token=token), parts.path.strip("/")
+
+
+def _without_token(url: str) -> str:
+    """The address as it may be shown."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url
 
 
 def _create(client: Any, collection: str, dim: int, kind: str) -> None:
@@ -211,6 +256,10 @@ def _create(client: Any, collection: str, dim: int, kind: str) -> None:
     index = client.prepare_index_params()
     index.add_index("vector", index_type=_TYPES[kind], metric_type="IP")
     client.create_collection(collection, schema=schema, index_params=index, consistency_level="Strong")
+
+
+def _write_header(client: Any, collection: str, header: Mapping[str, Any]) -> None:
+    client.alter_collection_properties(collection, properties={"cosup": json.dumps(header)})
 
 
 def _read_header(client: Any, collection: str, url: str) -> dict[str, Any]:

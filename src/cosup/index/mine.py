@@ -11,6 +11,7 @@ import numpy as np
 
 from cosup.config import UserError
 from cosup.data import Evidence, Example, Passage
+from cosup.index.parts import parts_of, whole_of
 from cosup.index.prepare import normalised
 from cosup.index.protocol import Index, Vectors
 
@@ -59,7 +60,8 @@ def mine(
 ) -> Iterator[Example]:
     """Examples with the negatives that an index finds for each retrieval, in the place of those they had.
 
-    Left out are the golds of the response, `also`, and passages that say the same as one of these.
+    Left out are the golds of the response, `also`, and passages that say the same as one of these. Of a passage that
+    the index holds in parts, the whole is the negative: files of passages know no parts.
 
     Args:
         examples: of training.
@@ -84,6 +86,7 @@ def _mined(example: Example, queries_KD: Vectors, index: Index, rules: Rules, co
         return example
     assert len(queries_KD) == len(golds)
     right = set(golds).union(*(part.also for part in example.evidence))
+    right |= {part for id in right for part in parts_of(index, id)}
     depth = rules.ranks[1] + len(right)
     found = index.search(queries_KD, depth)
     said = {normalised(passage) for passage in _known(index, sorted(right), golds, example.id)}
@@ -94,7 +97,8 @@ def _mined(example: Example, queries_KD: Vectors, index: Index, rules: Rules, co
         window = [hit for hit in hits if hit.id not in right][rules.ranks[0] - 1 : rules.ranks[1]]
         fitting = [hit.id for hit in window if hit.score <= limit]
         texts = index.get(fitting[: 2 * rules.count + len(right)])
-        negatives = tuple(passage.id for passage in texts if normalised(passage) not in said)[: rules.count]
+        others = dict.fromkeys(whole_of(passage) for passage in texts if normalised(passage) not in said)
+        negatives = tuple(others)[: rules.count]
         mined.append(negatives)
         counts.retrievals += 1
         counts.negatives += len(negatives)

@@ -8,6 +8,7 @@ import numpy as np
 from cosup.config import UserError
 from cosup.data import Passage
 from cosup.index.folder import BUILDING, FaissIndex, drop_building, verify
+from cosup.index.parts import parts_of
 from cosup.index.prepare import Prepared
 from cosup.index.protocol import Embedder, Index, MeasuringEmbedder, Vectors
 from cosup.index.shards import ShardStore, embed_shard, is_done, plan_shards, read_vectors
@@ -48,7 +49,17 @@ def update_index(
         UserError: another embedder, no passages, two passages with one id, or another process is writing.
     """
     refuse_other(index, embedder)
-    prepared = Prepared(passages, embedder)
+    with index.writing():
+        return _update(index, Prepared(passages, embedder), embedder, remove_others, on_progress)
+
+
+def _update(
+    index: FaissIndex,
+    prepared: Prepared,
+    embedder: Embedder,
+    remove_others: bool,
+    on_progress: Callable[[int], None],
+) -> Update:
     new: list[Passage] = []
     changed: list[Passage] = []
     described: list[Passage] = []
@@ -64,11 +75,12 @@ def update_index(
             described.append(passage)
     if not seen:
         raise UserError("the corpus is empty: an update by it would remove everything; name a file with passages")
-    gone = [passage.id for passage in index if passage.id not in seen] if remove_others else []
+    gone = {passage.id for passage in index} if remove_others else {part for id in seen for part in parts_of(index, id)}
+    gone -= seen
+    forgotten = index.aliases.keys() - prepared.aliases.keys() if remove_others else set()
     embedded = _embed(index, [*new, *changed], embedder, on_progress)
     vectors_PD = np.concatenate([embedded, index.vectors([passage.id for passage in described])])
-    aliases = prepared.aliases if remove_others else None
-    index.change([*new, *changed, *described], vectors_PD, remove=gone, aliases=aliases)
+    index.change([*new, *changed, *described], vectors_PD, remove=gone | forgotten, aliases=prepared.aliases)
     drop_building(index.folder)
     unchanged = len(seen) - len(new) - len(changed) - len(described)
     return Update(len(new), len(changed), len(described), len(gone), unchanged)

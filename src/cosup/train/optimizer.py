@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as adamw_step
 
 from cosup.config import TrainSection
 
@@ -19,59 +20,57 @@ def adamw(parameters: Sequence[Tensor], section: TrainSection) -> torch.optim.Op
     return (MasterAdamW if half else torch.optim.AdamW)(groups, lr=section.learning_rate, fused=True)
 
 
-class MasterAdamW(torch.optim.Optimizer):
+class MasterAdamW(torch.optim.AdamW):
     """AdamW for bfloat16 weights: moments and masters in float32, rounded to the weights after each step.
 
-    Without masters, a step smaller than a 256th of a weight would be lost.
-
-    Args:
-        params: as torch.optim.AdamW takes them.
-        lr: learning rate.
-        fused: as torch.optim.AdamW takes it.
+    Without masters, a step smaller than a 256th of a weight would be lost. They are made in the first step, from the
+    weights that the groups hold then: FSDP2 puts shards in the place of the weights that the optimiser was made with.
     """
-
-    def __init__(self, params: Any, *, lr: float, fused: bool = False):
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
-        masters = [
-            {**group, "params": [p.detach().float().requires_grad_() for p in group["params"]]}
-            for group in self.param_groups
-        ]
-        self._inner = torch.optim.AdamW(masters, lr=lr, fused=fused)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of AdamW on the masters."""
-        loss = closure() if closure is not None else None
-        for ours, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            inner["lr"], inner["weight_decay"] = ours["lr"], ours["weight_decay"]
-        for weight, master in self._pairs():
-            master.grad = None if weight.grad is None else weight.grad.float()
-        self._inner.step()
-        for weight, master in self._pairs():
-            weight.copy_(master)
-            master.grad = None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(p) for p in weights]
+            of = {name: [state[name] for state in states] for name in ("master", "exp_avg", "exp_avg_sq", "step")}
+            adamw_step(
+                of["master"],
+                [p.grad.float() for p in weights],
+                of["exp_avg"],
+                of["exp_avg_sq"],
+                [],
+                of["step"],
+                fused=group["fused"],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for weight, master in zip(weights, of["master"], strict=True):
+                weight.copy_(master)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments, masters and groups."""
-        return {
-            "state": self._inner.state_dict()["state"],
-            "param_groups": super().state_dict()["param_groups"],
-            "masters": [master for _, master in self._pairs()],
-        }
-
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        groups = self._inner.state_dict()["param_groups"]
-        self._inner.load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        for (_, master), saved in zip(self._pairs(), state_dict["masters"], strict=True):
-            master.copy_(saved)
+        """As of any optimiser, but what was float32 stays float32."""
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        for number, weight in zip(saved, weights, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[weight][name] = value.to(weight.device, copy=True)
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return [
-            pair
-            for ours, inner in zip(self.param_groups, self._inner.param_groups, strict=True)
-            for pair in zip(ours["params"], inner["params"], strict=True)
-        ]
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[weight]
+        if not state:
+            master = weight.detach().float()
+            state["step"] = torch.zeros((), device=weight.device)
+            state |= {"master": master, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        return state

@@ -33,7 +33,7 @@ from cosup.train.rows import Row, passage_key, row_of
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _MARKER = "tokenized.json"
 _BATCH = 512  # rows written together, tokenised by one process
 _WORTH = 1 << 20  # bytes of examples for which other processes are worth their start, some seconds each
@@ -174,6 +174,7 @@ def _name(recipe: Recipe, template: Template) -> str:
         "only_with_retrieval": section.only_with_retrieval,
         "train_on_passages": recipe.train.train_on_passages,
         "template": template.settings.model_dump(mode="json"),
+        "frames": template.frames,
         "tokenizers": [t.backend_tokenizer.to_str() for t in (template.tokenizer, template.emb_tokenizer)],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
@@ -196,7 +197,12 @@ def _build(recipe: Recipe, template: Template, folder: Path) -> None:
             jobs = ((chunk, _of(chunk, passages), on_passages) for chunk in _chunks(examples))
             tables = _fitting(run(_tokenized, jobs), section.max_tokens, left_out, shortened)
             counts[part] = _write(folder / f"{part}.arrow", _ROWS, tables)
-        ordered = sorted((id for id in cited if id in passages), key=passage_key)
+        if unknown := sorted(cited - passages.keys()):
+            raise UserError(
+                f"the examples name {unknown[0]!r}{f' and {len(unknown) - 1:,} others' if unknown[1:] else ''} as gold "
+                "or negative, which no file of data.passages holds; add the file that they were mined from"
+            )
+        ordered = sorted(cited, key=passage_key)
         read = (([passages[id] for id in chunk],) for chunk in _chunks(ordered))
         _write(folder / "passages.arrow", _PASSAGES, _sequences(run(_embedded, read), shortened))
     left_out += Counter()  # drops what is zero

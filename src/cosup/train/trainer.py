@@ -1,6 +1,7 @@
 """A transformers.Trainer with both losses, and the callbacks of a run."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -24,6 +25,8 @@ from cosup.train.collate import Collator
 from cosup.train.optimizer import adamw
 from cosup.train.rows import Row
 from cosup.train.step import Metrics, backward_in_chunks, objective_loss
+
+logger = logging.getLogger(__name__)
 
 
 class CoSupTrainer(Trainer):
@@ -64,7 +67,7 @@ class CoSupTrainer(Trainer):
         self._norms: Metrics = {}
         super().__init__(
             model=model,
-            args=_arguments(section, folder, seed),
+            args=_arguments(section, folder, seed, examples=len(examples)),  # type: ignore[arg-type]
             train_dataset=examples,
             eval_dataset=dev,
             data_collator=collator,  # type: ignore[arg-type]  # a Batch is a dict
@@ -72,6 +75,16 @@ class CoSupTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers, and takes back the weights that did best on the dev set; theirs forgets them on resuming."""
+        output = super().train(*args, **kwargs)
+        best = self._best_checkpoint()
+        if best is not None and not best.is_dir():
+            logger.warning("%s, which did best on the dev set, is gone; the last weights are kept", best)
+        elif best is not None:
+            self._load_from_checkpoint(str(best))
+        return output
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of a step; in chunks where the recipe says so."""
@@ -205,9 +218,6 @@ class CoSupTrainer(Trainer):
         else:
             load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self._best_checkpoint()))
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint to the side, and renames it when all of it is there."""
         folder = Path(str(self.args.output_dir))
@@ -320,7 +330,7 @@ def rate_at(section: TrainSection, *, epochs: float = 1.0) -> Callable[[float], 
     return rate
 
 
-def _arguments(section: TrainSection, folder: Path, seed: int) -> TrainingArguments:
+def _arguments(section: TrainSection, folder: Path, seed: int, *, examples: int) -> TrainingArguments:
     share = _share_of_batch(section)
     ours: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
@@ -328,10 +338,9 @@ def _arguments(section: TrainSection, folder: Path, seed: int) -> TrainingArgume
         "per_device_eval_batch_size": share,
         "eval_strategy": "steps" if section.eval_steps else "no",
         "eval_steps": section.eval_steps or None,
-        "load_best_model_at_end": bool(section.eval_steps),
         "metric_for_best_model": "eval_loss" if section.eval_steps else None,
         "num_train_epochs": section.epochs,
-        "max_steps": section.max_steps or -1,
+        "max_steps": section.steps(examples),
         "max_grad_norm": section.max_grad_norm,
         "learning_rate": section.learning_rate,
         "logging_steps": section.log_steps,
@@ -353,9 +362,13 @@ def _arguments(section: TrainSection, folder: Path, seed: int) -> TrainingArgume
             f"train.trainer.{clash[0]} is set by the recipe itself: see `learning_rate`, `save_steps` and others"
         )
     try:
-        return TrainingArguments(**(ours | section.trainer))
+        arguments = TrainingArguments(**(ours | section.trainer))
     except (TypeError, ValueError) as e:
         raise UserError(f"train.trainer: {' '.join(str(e).split())}") from None
+    if arguments.n_gpu > 1:  # transformers would wrap the model in DataParallel, which splits the candidates
+        logger.warning("%d GPUs are idle: one process trains on one; see recipes/accelerate", arguments.n_gpu - 1)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _share_of_batch(section: TrainSection) -> int:

@@ -1,6 +1,5 @@
 """What a run will need, and the tables that tell it."""
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -39,10 +38,7 @@ class Estimate:
     def steps(self) -> int | None:
         """How many steps the run has; None where the data could not be read and no limit says it."""
         section = self.recipe.train
-        if self.sample.examples is None:
-            return section.max_steps
-        steps = math.ceil(math.ceil(self.sample.examples / section.batch_size) * section.epochs)
-        return min(steps, section.max_steps or steps)
+        return section.max_steps if self.sample.examples is None else section.steps(self.sample.examples)
 
     @property
     def minutes(self) -> float | None:
