@@ -2,7 +2,9 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoTokenizer, GPT2Config, GPT2Model
 
+from cosup.config import ModelSection
 from cosup.data import Passage
 from cosup.embedder import ContextQueries, ModelEmbedder, OpenModel
 from cosup.index import MeasuringEmbedder, build_index
@@ -23,6 +25,18 @@ def test_no_part_of_a_long_passage_is_shortened(tiny: CoSupModel, tmp_path: Path
     assert len(index) > 1
     assert " ".join(passage.text for passage in index) == text
     assert not tiny.template.shortened
+
+
+def test_a_passage_is_split_where_emb_seq_reads_less_than_gen(tiny_lm: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer.save_pretrained(tmp_path / "emb")
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    GPT2Model(config).save_pretrained(tmp_path / "emb")
+    embedder = ModelEmbedder(CoSupModel.start(ModelSection(gen=str(tiny_lm), emb=str(tmp_path / "emb"))))
+    assert embedder.max_tokens == 64
+    text = " ".join(f"Iron number {i} is a metal." for i in range(40))
+    index = build_index([Passage("long", text)], embedder, tmp_path / "index")
+    assert " ".join(passage.text for passage in index) == text
 
 
 def test_a_model_is_opened_anew_by_a_picklable_factory(tiny_folder: Path, passages: list[Passage]) -> None:

@@ -58,6 +58,14 @@ def source(tmp_path: Path, experiment: ModuleType) -> Path:
     return folder
 
 
+def test_other_settings_in_the_folder_of_an_experiment_are_refused(experiment: ModuleType, tmp_path: Path) -> None:
+    drawn = {"questions": 3, "passages": 80, "set": []}
+    for _ in range(2):
+        experiment.refuse_another(tmp_path, drawn)
+    with pytest.raises(UserError, match=r"holds an experiment with .*name another folder with --out"):
+        experiment.refuse_another(tmp_path, drawn | {"questions": 4})
+
+
 @pytest.mark.slow
 def test_conditions_are_trained_judged_compared_and_not_done_twice(
     experiment: ModuleType, source: Path, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

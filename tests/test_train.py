@@ -7,16 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
-from cosup import losses
 from cosup.config import Recipe, TrainSection, UserError, parse_recipe
 from cosup.data import Evidence, Example, Passage, Question, write_records
 from cosup.model import CoSupModel
-from cosup.template import Template
 from cosup.train import (
     MasterAdamW,
     NeighbourSampler,
@@ -25,6 +24,7 @@ from cosup.train import (
     objective_loss,
     rate_at,
     remove_run,
+    start_model,
     train_recipe,
     trainer,
 )
@@ -205,6 +205,15 @@ def test_one_process_trains_on_one_gpu_and_says_that_others_are_idle(
     assert "7 GPUs are idle" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [("nobody", "names 'nobody', and transformers reports to .*wandb"), ("mlflow", "run `pip install mlflow`")],
+)
+def test_trackers_that_are_not_there_are_refused(tmp_path: Path, tracker: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer._arguments(TrainSection(report_to=(tracker,)), tmp_path, 0, examples=1)
+
+
 def test_the_budget_in_minutes_ends_a_run(recipe: dict, tmp_path: Path) -> None:
     run = train_recipe(with_train(recipe, max_steps=100_000, epochs=1e6, max_minutes=0.02), tmp_path / "run")
     assert 0 < rows_of(run)[-1]["step"] < 100_000
@@ -258,9 +267,28 @@ def test_the_rate_rises_then_falls_to_zero() -> None:
 def test_examples_that_are_too_long_are_left_out_and_counted(recipe: dict, tiny: CoSupModel) -> None:
     raw = parse_recipe({**recipe, "data": recipe["data"] | {"max_tokens": 80}})
     data = load_data(raw, tiny.template)
-    assert data.left_out["longer than data.max_tokens"] > 0
+    assert data.left_out["longer than 80 tokens"] > 0
     lengths = [len(data.examples[row].ids) for row in range(len(data.examples))]
     assert 0 < max(lengths) <= 80
+    shorter = load_data(raw, tiny.template, context=60)
+    assert len(shorter.examples) < len(lengths)
+    assert max(len(shorter.examples[row].ids) for row in range(len(shorter.examples))) <= 60
+
+
+def test_examples_longer_than_gen_reads_are_left_out_and_passages_longer_than_emb_reads_refused(
+    recipe: dict, tiny_lm: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer.save_pretrained(short)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=80)
+    ).save_pretrained(short)
+    raw = {**recipe, "model": {"gen": str(short)}}
+    with pytest.raises(UserError, match="max_passage_tokens is 256, and Emb_seq reads at most 80 tokens: lower it"):
+        start_model(parse_recipe(raw))
+    data = recipe["data"] | {"max_passage_tokens": 60}  # max_tokens stays at 1,024, far beyond the 80 positions
+    assert rows_of(train_recipe(with_train({**raw, "data": data}), tmp_path / "run"))[-1]["step"] == 4
 
 
 def test_nothing_to_train_on_and_dangling_citations_are_refused(corpus: Path, recipe: dict, tiny: CoSupModel) -> None:
@@ -268,6 +296,9 @@ def test_nothing_to_train_on_and_dangling_citations_are_refused(corpus: Path, re
     only = {**recipe, "data": recipe["data"] | {"train": ["questions.jsonl"]}}
     with pytest.raises(UserError, match=r"nothing to train on.*no gold passage"):
         load_data(parse_recipe(only), tiny.template)
+    judged = {**recipe, "data": recipe["data"] | {"dev": ["questions.jsonl"], "train": ["examples.jsonl"]}}
+    with pytest.raises(UserError, match=r"nothing to judge by in data.dev.*no gold passage"):
+        load_data(parse_recipe({**judged, "train": recipe["train"] | {"eval_steps": 2}}), tiny.template)
     write_records(corpus / "questions.jsonl", [Question("q", "squad", "?", answers=["a"], gold=["p99"])])
     with pytest.raises(UserError, match="cites passage 'p99'"):
         load_data(parse_recipe(only), tiny.template)
@@ -287,15 +318,15 @@ def test_only_run_folders_are_removed(tmp_path: Path) -> None:
     remove_run(tmp_path / "absent")
 
 
-def test_dot_and_cosine_score_alike_where_vectors_are_normalised(tiny: CoSupModel, passages: list[Passage]) -> None:
-    template: Template = tiny.template
-    vectors = torch.tensor(tiny.embed_passages(passages[:3]))
-    assert torch.allclose(vectors.norm(dim=1), torch.ones(3))
-    gold, ignore = torch.arange(3), torch.zeros(3, 3, dtype=torch.bool)
-    loss = losses.nsp(vectors, vectors, gold_K=gold, ignore_KN=ignore, temperature=1.0)
-    scores = vectors @ vectors.T
-    assert float(loss) == pytest.approx(float((scores.logsumexp(1) - scores.diag()).sum()), rel=1e-5)
-    assert template.ret != template.cs
+def test_cosine_scores_what_dot_scores_once_its_vectors_are_normalised(
+    tiny: CoSupModel, passages: list[Passage]
+) -> None:
+    cosine_PD = tiny.embed_passages(passages[:3])
+    tiny.settings = tiny.settings.model_copy(update={"similarity": "dot"})
+    dot_PD = tiny.embed_passages(passages[:3])
+    norms_P1 = np.linalg.norm(dot_PD, axis=1, keepdims=True)
+    assert not np.allclose(norms_P1, 1, atol=0.1)
+    np.testing.assert_allclose(dot_PD / norms_P1, cosine_PD, atol=1e-6)
 
 
 def test_neighbours_stand_together_every_example_comes_once_and_epochs_differ() -> None:

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,21 @@ def test_a_negative_that_no_file_of_passages_holds_is_named(recipe: dict, tiny: 
         load_data(parse_recipe(recipe), tiny.template)
 
 
+def test_a_file_that_can_not_be_read_is_named(
+    recipe: dict, tiny: CoSupModel, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name == "questions.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"questions.jsonl can't be read \(Permission denied\)"):
+        load_data(parse_recipe(recipe), tiny.template)
+
+
 def test_a_failure_leaves_nothing_and_a_damaged_cache_is_made_again(
     recipe: dict, tiny: CoSupModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,7 +147,7 @@ def test_what_was_left_out_and_shortened_is_told_the_second_time_too(recipe: dic
     first, second = (load_data(made, template) for _ in range(2))
     assert first.shortened == second.shortened > 0
     assert first.left_out == second.left_out
-    assert first.left_out["longer than data.max_tokens"] > 0
+    assert first.left_out["longer than 60 tokens"] > 0
 
 
 def test_a_passage_that_is_cited_nowhere_is_not_kept(recipe: dict, tiny: CoSupModel) -> None:

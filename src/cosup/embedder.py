@@ -24,7 +24,7 @@ class ModelEmbedder:
     def __init__(self, model: CoSupModel):
         self.model = model
         settings = model.settings
-        self.max_tokens = min(settings.template.max_passage_tokens, model.context)
+        self.max_tokens = model.passage_limit
         self.layout = {
             "passage template": settings.template.passage,
             "end token": str(settings.template.end_token),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,9 @@ def build(
         chosen = [passage for passage in source if passage.id in cited]
     embedder = ModelEmbedder(CoSupModel.load(model))
     total = source.count() if cited_by is None else len(chosen)
-    options: Any = {"kind": kind, "workers": workers, "engine": engine, "factory": OpenModel(model.absolute())}
+    threads = max(1, (os.cpu_count() or 1) // workers) if engine == "local" and workers > 1 else 0  # ray sets its own
+    factory = OpenModel(model.absolute(), threads)
+    options: Any = {"kind": kind, "workers": workers, "engine": engine, "factory": factory}
     if dry_run:
         terminal.show_estimate(estimate_build(chosen, embedder, Path(out), kind=kind, dtype=dtype), workers)  # type: ignore[arg-type]
         return

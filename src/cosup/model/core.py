@@ -108,6 +108,11 @@ class CoSupModel(nn.Module):
         """How many tokens Gen can read."""
         return context_of(self.gen.config)
 
+    @property
+    def passage_limit(self) -> int:
+        """How many tokens Emb_seq reads of a passage."""
+        return min(self.settings.template.max_passage_tokens, context_of(self.emb.config))
+
     def forward(self, batch: Batch) -> Output:
         """One pass over a step's sequences and passages, the only entry while training, for DDP and FSDP.
 
@@ -150,8 +155,7 @@ class CoSupModel(nn.Module):
         Raises:
             UserError: a passage is longer than the model can read.
         """
-        limit = min(self.settings.template.max_passage_tokens, context_of(self.emb.config))
-        sequences = [self.template.embedded(passage, max_tokens=limit) for passage in passages]
+        sequences = [self.template.embedded(passage, max_tokens=self.passage_limit) for passage in passages]
         for passage in passages:
             if passage.id in self.template.shortened:
                 self._refuse_endless(passage)

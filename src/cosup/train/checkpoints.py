@@ -89,7 +89,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is undamaged; each damaged one is named in a warning.
 
     Args:
-        folder: of the run's checkpoints; what was not finished there is removed.
+        folder: of the run's checkpoints; what was not finished there is passed over.
     """
     for checkpoint in reversed(checkpoints_in(folder)):
         damaged = _damaged(checkpoint)

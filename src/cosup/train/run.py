@@ -59,7 +59,7 @@ def train_recipe(
     if (run / "model" / "cosup.json").is_file():
         return run
     model = start_model(recipe)
-    data = load_data(recipe, model.template)
+    data = load_data(recipe, model.template, context=model.context)
     model.to(compute_dtype(recipe.train.dtype, processes.device.type))
     compiled = compile_layers(model, recipe.train.compile)
     if processes.is_main_process:
@@ -89,6 +89,11 @@ def start_model(recipe: Recipe) -> CoSupModel:
     layout = TemplateSettings(max_passage_tokens=recipe.data.max_passage_tokens)
     retriever = recipe.train.objective == "separate"
     model = CoSupModel.start(recipe.model, seed=recipe.seed, template=layout, retriever=retriever)
+    if model.passage_limit < recipe.data.max_passage_tokens:
+        raise UserError(
+            f"data.max_passage_tokens is {recipe.data.max_passage_tokens}, and Emb_seq reads at most "
+            f"{model.passage_limit} tokens: lower it"
+        )
     choose_trained(model, recipe)
     if recipe.train.activation_checkpointing:
         save_activations(model)

@@ -122,16 +122,24 @@ class TrainingData:
     passages: int
 
 
-def load_data(recipe: Recipe, template: Template) -> TrainingData:
+def load_data(recipe: Recipe, template: Template, *, context: int | None = None) -> TrainingData:
     """The training data of a recipe; what was tokenised before, with the same text and template, is only opened.
 
     It is kept in the user's cache folder, under a name that follows from the files' bytes, the tokenizers, the template
     and the settings that matter. Of several processes that start at once, one tokenises and the others wait.
 
+    Args:
+        recipe: names the files.
+        template: the model's.
+        context: how many tokens Gen reads; examples longer than that are left out, as are those longer than
+            `data.max_tokens`.
+
     Raises:
         UserError: a file is missing or malformed, a citation leads nowhere, nothing is left to train on, or the cache
             folder can't be written.
     """
+    if context is not None and context < recipe.data.max_tokens:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_tokens": context})})
     folder = cache_folder() / "tokenized" / _name(recipe, template)
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +189,10 @@ def _name(recipe: Recipe, template: Template) -> str:
 
 
 def _hash(path: Path) -> str:
-    return sha256(path) if path.is_file() else ""  # whoever reads it says what is wrong
+    try:
+        return sha256(path)
+    except OSError:
+        return ""  # whoever reads it says what is wrong
 
 
 def _build(recipe: Recipe, template: Template, folder: Path) -> None:
@@ -208,6 +219,8 @@ def _build(recipe: Recipe, template: Template, folder: Path) -> None:
     left_out += Counter()  # drops what is zero
     if not counts["examples"]:
         raise UserError(f"there is nothing to train on: {dict(left_out) or 'the files hold no examples'}")
+    if section.dev and not counts["dev"]:
+        raise UserError(f"there is nothing to judge by in data.dev: {dict(left_out) or 'its files hold no examples'}")
     told = {
         "left_out": left_out,
         "shortened": len(shortened),
@@ -267,7 +280,7 @@ def _fitting(
     for rows, short in done:
         shortened |= short
         fitting = [row._asdict() for row in rows if len(row.ids) <= limit]
-        left_out["longer than data.max_tokens"] += len(rows) - len(fitting)
+        left_out[f"longer than {limit:,} tokens"] += len(rows) - len(fitting)
         yield fitting
 
 

@@ -1,5 +1,6 @@
 """A transformers.Trainer with both losses, and the callbacks of a run."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from cosup.config import TrainSection, UserError
 from cosup.files import atomic_file
@@ -365,6 +367,12 @@ def _arguments(section: TrainSection, folder: Path, seed: int, *, examples: int)
         arguments = TrainingArguments(**(ours | section.trainer))
     except (TypeError, ValueError) as e:
         raise UserError(f"train.trainer: {' '.join(str(e).split())}") from None
+    for tracker in section.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"train.report_to names {tracker!r}, and transformers reports to {known}")
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"train.report_to names {tracker}, which is not installed: run `pip install {tracker}`")
     if arguments.n_gpu > 1:  # transformers would wrap the model in DataParallel, which splits the candidates
         logger.warning("%d GPUs are idle: one process trains on one; see recipes/accelerate", arguments.n_gpu - 1)
         arguments._n_gpu = 1
