@@ -12,7 +12,7 @@ test: .venv/dev-installed
 	$(BIN)/pytest -m "not slow"
 
 test-slow: .venv/browser-ready
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --timeout 1800
 
 check: .venv/dev-installed
 	$(BIN)/ruff format --check

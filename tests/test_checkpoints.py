@@ -129,7 +129,8 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_weights_of_an_uninterru
 
 def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "cosup.cli", "train", str(folder / "recipe.yaml"), "--out", str(folder / name)]
-    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    # one thread: several of them wait for each other by spinning, which takes long where others use the cores
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
     with (folder / "stderr.txt").open("wb") as stderr:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
 
