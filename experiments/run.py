@@ -226,7 +226,7 @@ def with_negatives(recipe: Recipe, data: Data, arguments: argparse.Namespace) ->
     model = CoSupModel.load(trained("cosup", recipe.seed, data, arguments))
     known = {p.id: p for p in read_passages(*map(recipe.data.resolve, recipe.data.passages))}
     asked = read_questions(*map(recipe.data.resolve, recipe.data.train))
-    examples = list(convert(asked, passages=known, titles={p.id: p.title for p in known.values()}))
+    examples = list(convert(asked, passages=known))
     cited = {part.passage for example in examples for part in example.evidence}
     write_records(data.folder / "cited.jsonl", (known[id] for id in sorted(cited)))
     index = indexed(model, data.folder / "cited.jsonl", arguments.out / "indexes" / "mining")

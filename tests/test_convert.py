@@ -3,13 +3,14 @@ from collections import Counter
 import pytest
 
 from cosup.config import UserError
-from cosup.data.convert import DEFAULT_RULE, TASKS, convert, rule_of
-from cosup.data.records import Evidence, Example, QAPair, Question
+from cosup.data.convert import CLAIM_WORDS, DEFAULT_RULE, TASKS, convert, rule_of, stating
+from cosup.data.records import Evidence, Example, Passage, QAPair, Question
 
-PASSAGES = {"p1", "p2", "p3", "n1"}
-TITLES = {"p1": "One", "p2": "Two", "p3": "Three"}
-ALTERNATIVES = sorted(task for task, rule in TASKS.items() if rule.golds == "alternatives" and rule.claim == "answer")
-HOPS = sorted(task for task, rule in TASKS.items() if rule.golds == "hops" and rule.claim == "answer")
+TITLES = {"p1": "One", "p2": "Two", "p3": "Three", "n1": "None"}
+PASSAGES = {id: Passage(id, "It says nothing of the kind.", title) for id, title in TITLES.items()}
+SHORT = ("answer", "sentence")  # no sentence of these passages holds an answer
+ALTERNATIVES = sorted(task for task, rule in TASKS.items() if rule.golds == "alternatives" and rule.claim in SHORT)
+HOPS = sorted(task for task, rule in TASKS.items() if rule.golds == "hops" and rule.claim in SHORT)
 LONG = sorted(task for task, rule in TASKS.items() if rule.golds == "alternatives" and rule.claim == "long_answer")
 LONG_HOPS = ["worldfacts-hop"]
 
@@ -18,8 +19,8 @@ def _question(task="squad", **fields):
     return Question("q", task, "Which?", **{"answers": ["first", "second"], "gold": ["p1"], **fields})
 
 
-def _response(question, **options):
-    [example] = convert([question], passages=PASSAGES, **options)
+def _response(question, passages=PASSAGES):
+    [example] = convert([question], passages=passages)
     assert (example.id, example.task, example.question) == (question.id, question.task, question.question)
     return example.response
 
@@ -55,6 +56,41 @@ def test_the_verdict_is_the_claim_of_a_statement(task):
     assert _response(_question(task, answers=["REFUTES"], label="REFUTES")) == (Evidence("p1", "REFUTES"),)
 
 
+@pytest.mark.parametrize("task", ["squad", "newwiki", "nq", "triviaqa", "hotpotqa", "musique"])
+def test_the_sentence_that_holds_the_answer_is_the_claim(task):
+    text = "Iron is a metal. Its symbol is Fe, from ferrum. It rusts."
+    question = _question(task, answers=["Fe", "ferrum"], gold=["p2"] if task in ALTERNATIVES else ["p1", "p2"])
+    assert _response(question, PASSAGES | {"p2": Passage("p2", text)})[-1].claim == "Its symbol is Fe, from ferrum."
+
+
+def test_of_the_sentences_that_hold_an_answer_the_one_on_the_question_is_claimed():
+    text = "He left Paris in 1921. The bridge was opened in 1921 by the king. In 1921 it rained."
+    assert stating("1921", text, "When was the bridge opened?") == "The bridge was opened in 1921 by the king."
+    assert stating("1921", text, "When?") == "He left Paris in 1921."
+
+
+def test_an_answer_is_looked_for_as_words_of_its_own_in_any_case():
+    assert stating("iron", "Irony is no metal. Iron is one.", "Which?") == "Iron is one."
+    assert stating("steel", "Iron is one.", "Which?") == "steel"
+    assert stating("C++ (1985)", "It was C++ (1985) that won.", "Which?") == "It was C++ (1985) that won."
+
+
+def test_a_long_sentence_is_cut_at_punctuation_around_the_answer():
+    long = (
+        "Built by hand, " + "on and " * 9 + "on, the tower of Oslo has 39 floors, all of them " + "very " * 19 + "old."
+    )
+    assert stating("39", long, "How many floors?") == "the tower of Oslo has 39 floors"
+
+
+@pytest.mark.parametrize("before", [0, 3, 19, 20, 40])
+def test_a_claim_holds_the_answer_and_no_more_words_than_allowed(before):
+    sentence = "so " * before + "The Answer" + " on" * 40 + "."
+    claim = stating("the answer", sentence, "What?")
+    assert "The Answer" in claim
+    assert len(claim.split()) == CLAIM_WORDS
+    assert stating("on " * 30 + "on", sentence, "What?") == "on " * 30 + "on"  # longer than a claim: as it is
+
+
 def test_negatives_go_with_every_retrieval():
     assert _response(_question(negatives=["n1"]))[0].negatives == ("n1",)
     hops = _response(_question("musique", gold=["p1", "p2"], negatives=["n1", "p3"]))
@@ -66,19 +102,19 @@ def test_negatives_go_with_every_retrieval():
 
 @pytest.mark.parametrize("task", HOPS)
 def test_a_hop_without_its_own_answer_claims_the_title_that_it_leads_to(task):
-    hops = _response(_question(task, gold=["p3", "p1", "p2"]), titles=TITLES)
+    hops = _response(_question(task, gold=["p3", "p1", "p2"]))
     assert hops == (Evidence("p3", "One"), Evidence("p1", "Two"), Evidence("p2", "first"))
 
 
 @pytest.mark.parametrize("task", LONG_HOPS)
 def test_the_last_hop_of_a_task_that_states_its_answer_claims_the_long_answer(task):
-    hops = _response(_question(task, gold=["p3", "p1"], long_answers=["a sentence"]), titles=TITLES)
+    hops = _response(_question(task, gold=["p3", "p1"], long_answers=["a sentence"]))
     assert hops == (Evidence("p3", "One"), Evidence("p1", "a sentence"))
 
 
 def test_hops_with_an_answer_each_claim_it_and_end_with_the_answer_of_the_question():
     pairs = [QAPair("1?", ["one", "uno"]), QAPair("2?", ["two"]), QAPair("3?", ["three"])]
-    hops = _response(_question("musique", gold=["p3", "p1", "p2"], qa_pairs=pairs), titles=TITLES)
+    hops = _response(_question("musique", gold=["p3", "p1", "p2"], qa_pairs=pairs))
     assert hops == (Evidence("p3", "one"), Evidence("p1", "two"), Evidence("p2", "first"))
 
 
@@ -88,18 +124,17 @@ def test_hops_with_an_answer_each_claim_it_and_end_with_the_answer_of_the_questi
     ids=["fewer than hops", "one without an answer"],
 )
 def test_hops_whose_answers_are_incomplete_claim_titles(pairs):
-    hops = _response(_question("musique", gold=["p1", "p2"], qa_pairs=pairs), titles=TITLES)
+    hops = _response(_question("musique", gold=["p1", "p2"], qa_pairs=pairs))
     assert [evidence.claim for evidence in hops] == ["Two", "first"]
 
 
-@pytest.mark.parametrize("titles", [None, {}, {"p2": ""}])
-def test_a_hop_without_answer_and_title_claims_the_question(titles):
-    hops = _response(_question("hotpotqa", gold=["p1", "p2"]), titles=titles)
+def test_a_hop_without_answer_and_title_claims_the_question():
+    hops = _response(_question("hotpotqa", gold=["p1", "p2"]), PASSAGES | {"p2": Passage("p2", "Nothing.")})
     assert [evidence.claim for evidence in hops] == ["Which?", "first"]
 
 
 def test_a_single_hop_is_one_retrieval():
-    assert _response(_question("hotpotqa"), titles=TITLES) == (Evidence("p1", "first"),)
+    assert _response(_question("hotpotqa")) == (Evidence("p1", "first"),)
 
 
 def test_hops_are_no_alternatives_of_each_other():

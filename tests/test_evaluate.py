@@ -230,6 +230,15 @@ def test_a_finished_run_can_be_judged_again_and_a_run_of_another_kind_is_refused
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(UserError, match="holds no evaluation run"):
         remove_run(tmp_path / "mine")
+    with pytest.raises(UserError, match="holds something else than an evaluation run"):
+        evaluate_tasks(tiny, index, [task], tmp_path / "mine", settings=FEW)
+    (tmp_path / "run" / "thesis.tex").write_text("keep")
+    with pytest.raises(UserError, match=r"thesis.tex is no part of an evaluation run"):
+        remove_run(tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").is_file()
+    (tmp_path / "run" / "thesis.tex").unlink()
+    remove_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_modes_retrieve_as_they_say(tiny: CoSupModel, index: FaissIndex, task: Task, tmp_path: Path) -> None:
@@ -299,7 +308,9 @@ def judged(question: Question, prediction: Prediction) -> dict[str, float]:
         "g#1": Passage("g#1", "Gold is 79.", "Gold"),
         "long": Passage("long", "Peru is long.", "Peru", {"parent": "long"}),
         "long#2": Passage("long#2", "Lima governs it.", "Peru", {"parent": "long"}),
+        "piece": Passage("piece", "Fe is iron.", "Manual B", {"parent": "document", "page": 3}),
     }
+    corpus["twin"] = corpus["g#1"]
     texts = PassageTexts(lambda ids: [corpus[id] for id in ids])
     scores: dict[str, float] = judge(question, prediction, texts=texts, labels=["SUPPORTS", "REFUTES"])["scores"]
     return scores
@@ -324,6 +335,26 @@ def test_retrieval_is_judged_by_page_and_by_answer_where_no_passage_is_gold() ->
     by_answer = judged(Question("q", "zsre", "?", answers=["79"]), Prediction("q", retrieved=retrieved))
     assert (by_answer["free_answer_success@1"], by_answer["free_answer_mrr"]) == (0.0, 0.5)
     assert by_answer["forced_answer_success@20"] == 0.0
+
+
+def test_a_gold_passage_counts_under_the_id_that_the_index_has_it_by() -> None:
+    for gold, held in (("twin", "g#1"), ("piece", "piece")):  # a duplicate, and a piece of a document
+        prediction = Prediction("q", "79", ["79"], [[0, 2]], [held], forced=[held], retrieved=[[held]])
+        scores = judged(Question("q", "nq", "?", answers=["79"], gold=[gold]), prediction)
+        assert (scores["forced_success@1"], scores["free_success@1"]) == (1.0, 1.0)
+        assert (scores["cited_precision"], scores["cited_recall"]) == (1.0, 1.0)
+
+
+def test_the_number_of_a_page_in_a_pdf_is_no_page_of_its_own() -> None:
+    manual = judged(Question("q", "nq", "?", pages=["Manual B"]), Prediction("q", retrieved=[["piece"]]))
+    numbered = judged(Question("q", "nq", "?", pages=["3"]), Prediction("q", retrieved=[["piece"]]))
+    assert (manual["free_page_success@1"], numbered["free_page_success@1"]) == (1.0, 0.0)
+
+
+def test_a_full_stop_behind_a_claim_is_no_statement_of_its_own() -> None:
+    texts = PassageTexts(lambda ids: [Passage("p", "Oslo governs.", "Norway") for _ in ids])
+    item = {"text": "Oslo governs. So it is.", "claims": ["Oslo governs"], "spans": [[0, 12]], "cited": ["p"]}
+    assert [statement.text for statement in statements(item, texts)] == ["Oslo governs", "So it is."]
 
 
 def test_a_part_of_a_gold_passage_that_indexing_split_is_gold_and_its_parts_count_once() -> None:

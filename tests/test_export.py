@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cosup.cli import app
 from cosup.config import Recipe, UserError, parse_recipe
@@ -34,6 +36,21 @@ def recipe(tiny_lm: Path, tmp_path: Path, passages: list[Passage]) -> Any:
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_adapters_are_exported_in_half_precision_with_one_tokenizer(
+    recipe: Any, tmp_path: Path, passages: list[Passage]
+) -> None:
+    run = train_recipe(recipe(lora={"rank": 2}), tmp_path / "run")
+    export_model(run, tmp_path / "half", dtype="bfloat16")
+    types = {w.dtype for file in (tmp_path / "half").rglob("*.safetensors") for w in load_file(file).values()}
+    assert types == {torch.bfloat16}
+    assert not (tmp_path / "half" / "emb" / "tokenizer.json").exists()
+    whole, half = (CoSupModel.load(folder, dtype="float32") for folder in (run, tmp_path / "half"))
+    assert half.fingerprint != whole.fingerprint
+    assert half.template.emb_tokenizer is half.template.tokenizer
+    cosines = (whole.embed_passages(passages) * half.embed_passages(passages)).sum(1)
+    assert (cosines > 0.999).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

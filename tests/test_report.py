@@ -75,6 +75,26 @@ def test_runs_of_one_name_are_one_condition_whose_figure_is_their_mean(tmp_path:
     assert condition.scores("nq", "answer_in_text", condition.ids("nq", "answer_in_text")).shape == (2, 20)
 
 
+def test_runs_of_one_name_that_differ_in_more_than_the_seed_are_refused(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(n), name="evaluations", right=5, weight=n + 1.0) for n in range(2)]
+    with pytest.raises(UserError, match="are all named 'evaluations' and differ in training"):
+        conditions_of([read_run(run) for run in runs])
+
+
+def test_the_interval_of_several_seeds_is_that_of_their_mean(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(n), name="ours", right=10, seed=n) for n in range(2)]
+    (condition,) = conditions_of([read_run(run) for run in runs])
+    figure = condition.figure("nq", "answer_in_text")
+    alone = condition.runs[0].evaluations["nq"].figures["answer_in_text"]
+    assert figure is not None
+    assert (figure.low, figure.high) == (alone.low, alone.high)  # two seeds that agree say what one says
+    for item in condition.runs[1].evaluations["nq"].items:  # now they never agree: their mean is the same everywhere
+        item["scores"]["answer_in_text"] = 1.0 - item["scores"]["answer_in_text"]
+    opposite = condition.figure("nq", "answer_in_text")
+    assert opposite is not None
+    assert (opposite.low, opposite.high) == (0.5, 0.5)
+
+
 def test_the_markdown_compares_conditions_and_says_what_was_not_run(report: Path) -> None:
     text = (report / "report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| NQ, ours: answer presence in the whole answer"))

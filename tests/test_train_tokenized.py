@@ -42,7 +42,7 @@ def test_batches_are_those_of_examples_that_are_tokenised_live(
     live = []
     for path in map(made.data.resolve, made.data.train):
         if "question" in path.name:
-            live += convert(read_questions(path), passages=by_id, titles={p.id: p.title for p in passages})
+            live += convert(read_questions(path), passages=by_id)
         else:
             live += read_examples(path)
     assert [row.id for row in (data.examples[i] for i in range(len(data.examples)))] == [e.id for e in live]

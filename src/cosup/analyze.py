@@ -185,11 +185,10 @@ def token_space(
 
     At most `most` states are taken, and `most` rows: those that are some state's token, and others drawn at random.
     """
-    titles = {passage.id: passage.title for passage in passages}
     by_id = {passage.id: passage for passage in passages}
     kept = [_only_known(question, by_id) for question in questions]
     states, tokens = [], []
-    for example in convert(kept, passages=by_id, titles=titles):
+    for example in convert(kept, passages=by_id):
         rendered = model.template.render(example, by_id)
         own, next_ids = _states_and_tokens(model, rendered.ids, rendered.labels)
         states.append(own)

@@ -56,9 +56,9 @@ def convert(
         print(f"{write_records(out, read.examples or read.questions):,} {to} in {out}")
         return
     corpus = read.passages or list(read_passages(passages))
-    titles = {passage.id: passage.title for passage in corpus}
+    known = {passage.id: passage for passage in corpus}
     left_out: Counter[str] = Counter()
-    count = write_records(out, convert(read.questions, passages=titles, titles=titles, left_out=left_out))
+    count = write_records(out, convert(read.questions, passages=known, left_out=left_out))
     reasons = "".join(f"; {n:,} left out: {reason}" for reason, n in left_out.items())
     print(f"{count:,} examples in {out}{reasons}")
 

@@ -1,7 +1,7 @@
 """Training a model, and turning it into others."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,11 +36,14 @@ def export(
     source: Annotated[Path, typer.Argument(help="RUN/checkpoints/checkpoint-N, or a run or model folder.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into full weights.")] = False,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the weights; auto leaves them as they are.")
+    ] = "auto",
 ) -> None:
     """Turn a checkpoint, or a run, into a model folder of plain Hugging Face folders."""
     from cosup.train import export_model
 
-    export_model(source, out, merge=merge)
+    export_model(source, out, merge=merge, dtype=dtype)
     print(f"saved: {out}")
 
 

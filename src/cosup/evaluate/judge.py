@@ -9,6 +9,7 @@ from cosup.data import Passage, Question
 from cosup.data.convert import rule_of
 from cosup.data.documents import sentences
 from cosup.evaluate.figures import Item
+from cosup.index.parts import whole_of
 from cosup.template import Response
 
 DEPTH = 20
@@ -80,8 +81,7 @@ class PassageTexts:
     def load(self, ids: Iterable[str]) -> None:
         """Fetches those that are not there yet, together."""
         missing = [id for id in dict.fromkeys(ids) if id not in self._passages]
-        for passage in self._get(missing) if missing else ():
-            self._passages[passage.id] = passage
+        self._passages |= zip(missing, self._get(missing) if missing else (), strict=True)
 
     def passage(self, id: str) -> Passage:
         """The passage."""
@@ -96,13 +96,18 @@ class PassageTexts:
         return self._normalized[id]
 
     def whole(self, id: str) -> str:
-        """The id of the passage that this one is a part of, where indexing split a long one; else its own."""
-        return str(self.passage(id).meta.get("parent") or id)
+        """The id under which the index holds the passage: of a part that indexing split off, the whole passage's, and
+        of a duplicate, that of the passage that stands for it; the id itself where the index has none."""
+        try:
+            return whole_of(self.passage(id))
+        except KeyError:
+            return id
 
     def page(self, id: str) -> str:
-        """The page that a passage is of: `meta.page`, else its title, else itself."""
+        """The page that a passage is of: `meta.page` where it is a text, else the title, else itself."""
         passage = self.passage(id)
-        return str(passage.meta.get("page") or passage.title or id)
+        page = passage.meta.get("page")  # in a PDF, a number
+        return page if page and isinstance(page, str) else passage.title or id
 
 
 def judge(question: Question, prediction: Prediction, *, texts: PassageTexts, labels: Collection[str] = ()) -> Item:
@@ -177,21 +182,22 @@ def _retrieval(question: Question, prediction: Prediction, texts: PassageTexts) 
     scores: dict[str, float] = {}
     pages = set(question.pages) or {texts.page(id) for id in question.gold}
     hops = rule_of(question.task).golds == "hops"
+    gold = list(dict.fromkeys(map(texts.whole, question.gold)))
     for way, ranked in _rankings(prediction).items():
         if ranked is None:
             continue
         if question.gold:
             passages = metrics.first_of_each(map(texts.whole, ranked))
-            scores |= _ranking(f"{way}_", passages, question.gold, hops=hops)
+            scores |= _ranking(f"{way}_", passages, gold, hops=hops)
         if pages:
             scores |= _ranking(f"{way}_page_", metrics.first_of_each(map(texts.page, ranked)), pages, hops=hops)
-        if not question.gold and not pages and question.answers:
+        if not question.gold and not pages and question.answers and not question.label:
             scores |= _by_answer(f"{way}_answer_", ranked, question.answers, texts)
     if question.gold:
         cited = {texts.whole(id) for id in prediction.cited}
-        right = cited & set(question.gold)
+        right = cited.intersection(gold)
         scores["cited_precision"] = len(right) / len(cited) if cited else 0.0
-        scores["cited_recall"] = len(right) / len(set(question.gold))
+        scores["cited_recall"] = len(right) / len(gold)
     return scores
 
 
@@ -267,4 +273,6 @@ def _rankings(prediction: Prediction) -> dict[str, Sequence[str] | None]:
 
 
 def _uncited(text: str) -> list[metrics.Statement]:
-    return [metrics.Statement(sentence.strip()) for sentence in sentences(text) if sentence.strip()]
+    # a full stop that stands behind a claim says nothing
+    said = (sentence.strip() for sentence in sentences(text))
+    return [metrics.Statement(sentence) for sentence in said if any(map(str.isalnum, sentence))]

@@ -67,11 +67,11 @@ def verdicts(questions: Sequence[Question]) -> list[str]:
 def references(model: CoSupModel, index: Index, questions: Sequence[Question]) -> list[Rendered]:
     """What should be written, for the questions whose gold passages the index holds and whose answers are known."""
     judged = [question for question in questions if question.gold and not missing(question.gold, index)]
-    known = {passage.id: passage for passage in index.get([id for question in judged for id in question.gold])}
-    known |= {p.id: p for p in index.get([id for q in judged for id in q.negatives if not missing([id], index)])}
+    ids = [id for question in judged for id in question.gold]
+    ids += [id for question in judged for id in question.negatives if not missing([id], index)]
+    known = dict(zip(ids, index.get(ids), strict=True))  # by the id that was asked for, also of a duplicate
     kept = [question for question in judged if all(id in known for id in question.negatives)]
-    titles = {passage.id: passage.title for passage in known.values()}
-    return [model.template.render(example, known) for example in convert(kept, passages=known, titles=titles)]
+    return [model.template.render(example, known) for example in convert(kept, passages=known)]
 
 
 @torch.inference_mode()

@@ -99,7 +99,9 @@ def evaluate_tasks(
     settings = settings or RunSettings()
     for task in tasks:
         refuse_unknown_gold(task.questions, index)
-    _open_run(out, _description(model, index, tasks, settings, source) | {"name": settings.name or out.name}, source)
+    _open_run(
+        out, _description(model, index, tasks, settings, source) | {"name": settings.name or _name_of(out)}, source
+    )
     evaluations = {}
     for task in tasks:
         predictions = _predictions(model, index, task, out / task.name, settings, counter)
@@ -107,12 +109,24 @@ def evaluate_tasks(
     return evaluations
 
 
+def _name_of(out: Path) -> str:
+    """What a run is called that was given no name: its folder, or the model whose `evaluations` it is."""
+    return out.name if out.name != "evaluations" else out.resolve().parent.name
+
+
 def remove_run(out: Path) -> None:
-    """Removes an evaluation run. Raises UserError if the folder holds anything else."""
+    """Removes an evaluation run. Raises UserError if the folder holds anything else; nothing is removed then."""
     if not out.exists():
         return
     if not (out / "run.json").is_file() and any(out.iterdir()):
         raise UserError(f"{out} holds no evaluation run, so it is not removed; name another folder")
+    tasks = json.loads((out / "run.json").read_text("utf-8"))["tasks"] if any(out.iterdir()) else ()
+    own = {"run.json", "training.jsonl", *tasks}
+    others = [
+        path for path in sorted(out.iterdir()) if path.name not in own and not path.name.startswith((".", "nli-"))
+    ]
+    if others:
+        raise UserError(f"{others[0]} is no part of an evaluation run, so {out} is not removed; name another folder")
     shutil.rmtree(out)
 
 
@@ -264,7 +278,7 @@ def _weights(part: torch.nn.Module) -> str:
 def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
     path = out / "run.json"
     if not path.is_file():
-        if out.exists() and any((out / name).exists() for name in wanted["tasks"]):
+        if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"{out} holds something else than an evaluation run; name another folder")
         found: dict[str, Any] = {"tasks": {}}
     else:

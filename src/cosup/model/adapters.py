@@ -11,7 +11,7 @@ import torch
 
 from cosup.config import LoraSection, ModelSection, UserError
 from cosup.model.lms import ADAPTER_CONFIG, add_control_rows, is_tied, keep_layers, lasting_name, load_body, load_lm
-from cosup.template import TemplateSettings, Tokenizer
+from cosup.template import TemplateSettings
 
 
 def adapted(section: ModelSection, gen: Any, emb: Any, *, rows: list[int]) -> tuple[Any, Any]:
@@ -61,14 +61,11 @@ def save(part: Any, folder: Path) -> None:
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_merged(
-    folder: Path, tokenizer: Tokenizer, *, dtype: torch.dtype, layers: int | None, template: TemplateSettings
-) -> Any:
+def load_merged(folder: Path, *, dtype: torch.dtype, layers: int | None, template: TemplateSettings) -> Any:
     """The base that an adapter names, with the adapter merged.
 
     Args:
         folder: of the adapter.
-        tokenizer: saved beside it.
         dtype: of the weights.
         layers: how many layers of the base Emb_seq keeps; None: all.
         template: names the control tokens.

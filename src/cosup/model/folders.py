@@ -85,7 +85,7 @@ def write(model: "CoSupModel", folder: Path, *, card: str) -> ModelSettings:
     with atomic_folder(folder, marker="cosup.json") as new, quiet():
         _save_part(model.gen, model.template.tokenizer, new / "gen")
         if not model.settings.emb_is_gen:
-            _save_part(model.emb, model.template.emb_tokenizer, new / "emb")
+            _save_part(model.emb, model.template.emb_tokenizer, new / "emb", again=model.template.tokenizer)
         if model.projection is not None:
             save_file({"weight": model.projection.weight.detach().contiguous()}, new / "projection.safetensors")
         settings = model.settings.model_copy(update={"fingerprint": _fingerprint(new, model.settings)})
@@ -102,11 +102,11 @@ def read(folder: Path, dtype: torch.dtype) -> Parts:
         if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
             raise UserError(f"{file} can't be read by this user; let its owner allow it, for instance with chmod a+r")
     with quiet(), _explained(folder):
-        gen, tokenizer = _load_part(folder / "gen", AutoModelForCausalLM, dtype, settings)
-        if settings.emb_is_gen:
-            emb, emb_tokenizer = body_of(gen), tokenizer
-        else:
-            emb, emb_tokenizer = _load_part(folder / "emb", AutoModel, dtype, settings)
+        tokenizer = emb_tokenizer = AutoTokenizer.from_pretrained(folder / "gen")
+        gen = _load_part(folder / "gen", AutoModelForCausalLM, dtype, settings)
+        emb = body_of(gen) if settings.emb_is_gen else _load_part(folder / "emb", AutoModel, dtype, settings)
+        if (folder / "emb" / "tokenizer_config.json").is_file():
+            emb_tokenizer = AutoTokenizer.from_pretrained(folder / "emb")
         projection = folder / "projection.safetensors"
         weights = load_file(projection) if projection.is_file() else {}
     return Parts(gen, emb, tokenizer, emb_tokenizer, weights, settings)
@@ -138,19 +138,31 @@ def read_settings(folder: Path) -> ModelSettings:
         raise UserError(f"{file} is damaged: {str(e).splitlines()[0]}") from None
 
 
-def _save_part(part: Any, tokenizer: Tokenizer, folder: Path) -> None:
+def retype(folder: Path, dtype: torch.dtype) -> None:
+    """Rounds the weights of a model folder, in place."""
+    for file in folder.rglob("*.safetensors"):
+        weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text("utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    settings = read_settings(folder)
+    settings = settings.model_copy(update={"fingerprint": _fingerprint(folder, settings)})
+    (folder / "cosup.json").write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _save_part(part: Any, tokenizer: Tokenizer, folder: Path, *, again: Tokenizer | None = None) -> None:
+    """`again` is the tokenizer that the folder has already: an adapter, kept small, does without its own copy."""
     adapters.save(part, folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not again or not is_adapter_folder(folder):
+        tokenizer.save_pretrained(folder)
 
 
-def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSettings) -> tuple[Any, Tokenizer]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSettings) -> Any:
     if is_adapter_folder(folder):
         layers = settings.emb_layers if kind is AutoModel else None
-        return adapters.load_merged(
-            folder, tokenizer, dtype=dtype, layers=layers, template=settings.template
-        ), tokenizer
-    return without_pooler(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)), tokenizer
+        return adapters.load_merged(folder, dtype=dtype, layers=layers, template=settings.template)
+    return without_pooler(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True))
 
 
 def _fingerprint(folder: Path, settings: ModelSettings) -> str:

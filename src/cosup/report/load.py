@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from cosup.config import UserError
 from cosup.data import Passage, read_passages
 from cosup.evaluate import Evaluation, Figure
-from cosup.metrics.statistics import Values
+from cosup.metrics.statistics import Values, bootstrap_intervals
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ class Condition:
     def figure(self, task: str, name: str) -> Figure | None:
         """A figure of a data set; over several seeds its mean, and the interval of that mean over questions alone.
 
-        None where no run has it, and one without a value where some have not.
+        The interval is absent where the figure is no mean over questions. None where no run has the figure, and one
+        without a value where some have not.
         """
         if task not in self.tasks:
             return None
@@ -67,9 +68,11 @@ class Condition:
             return Figure(None, 0)
         if len(known) == 1:
             return known[0]
-        means = [float(np.mean([getattr(figure, part) for figure in known])) for part in ("value", "low", "high")
-                 if all(getattr(figure, part) is not None for figure in known)]  # fmt: skip
-        return Figure(means[0], known[0].count, *means[1:])
+        mean = Figure(float(np.mean([figure.value for figure in known])), known[0].count)
+        if any(figure.low is None for figure in known) or not (ids := self.ids(task, name)):
+            return mean
+        ((low, high),) = bootstrap_intervals(self.scores(task, name, ids).mean(0)[:, None])
+        return replace(mean, low=float(low), high=float(high))
 
     def scores(self, task: str, name: str, ids: Sequence[str]) -> Values:
         """float64 [S, Q]: a score of these questions in each run."""
@@ -108,7 +111,24 @@ def read_run(folder: Path) -> Run:
     return Run(str(settings.get("name") or folder.name), folder, settings, evaluations, passages, rows)
 
 
+def _apart_from_seed(run: Run, key: str) -> Any:
+    value = run.settings.get(key)
+    return {k: v for k, v in value.items() if k not in ("seed", "name")} if isinstance(value, dict) else value
+
+
 def conditions_of(runs: Sequence[Run]) -> list[Condition]:
-    """Groups runs by name, in the order in which the names come first."""
+    """Groups runs by name, in the order in which the names come first.
+
+    Raises:
+        UserError: runs of one name differ in more than the seed, so that their mean would say nothing.
+    """
     names = list(dict.fromkeys(run.name for run in runs))
+    for name in names:
+        alike = [run for run in runs if run.name == name]
+        for key in ("mode", "own_candidates", "options", "training"):
+            if any(_apart_from_seed(run, key) != _apart_from_seed(alike[0], key) for run in alike):
+                raise UserError(
+                    f"{', '.join(str(run.folder) for run in alike)} are all named {name!r} and differ in {key}: "
+                    "evaluate with --name"
+                )
     return [Condition(name, tuple(run for run in runs if run.name == name)) for name in names]

@@ -16,7 +16,7 @@ from cosup.data import Example, Passage
 from cosup.losses import NOBODY
 from cosup.model import Batch, pack
 from cosup.template import Template
-from cosup.train.rows import Row, passage_key, row_of
+from cosup.train.rows import Row, passage_key, row_of, up_to_the_last_query
 
 
 class Collator:
@@ -32,6 +32,8 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch of these examples."""
+        if self.section.objective == "nsp":
+            rows = [up_to_the_last_query(row) for row in rows]
         batch = pack(rows, labels=self.section.objective != "nsp")
         batch["example_ids"] = [row.id for row in rows]
         if self.section.objective != "ntp":

@@ -9,32 +9,40 @@ from safetensors import safe_open
 
 from cosup.config import UserError, load_recipe
 from cosup.files import atomic_folder
-from cosup.model import CoSupModel, find_model
+from cosup.model import CoSupModel, Dtype, compute_dtype, find_model
+from cosup.model.folders import retype
 from cosup.train.checkpoints import load_trained
 from cosup.train.run import model_card, start_model
 
 
-def export_model(source: Path, out: Path, *, merge: bool = False) -> None:
+def export_model(source: Path, out: Path, *, merge: bool = False, dtype: Dtype = "auto") -> None:
     """Writes a model folder, which everything else of cosup opens, and whose `gen/` and `emb/` are Hugging Face's.
 
     Args:
         source: a checkpoint of a run, `RUN/checkpoints/checkpoint-N`, or a run or model folder.
         out: the model folder to write; one that is there is replaced.
         merge: whether adapters are merged into full weights; without, they stay adapters on the base that they name.
+        dtype: of the weights; `auto` leaves them as they are.
 
     Raises:
         UserError: there is nothing of the kind at `source`, it is damaged, or `out` is not ours to replace.
     """
+    with atomic_folder(out, marker="cosup.json") as new:
+        _export(source, out, new, merge=merge)
+        if dtype != "auto":
+            retype(new, compute_dtype(dtype, "cpu"))
+
+
+def _export(source: Path, out: Path, new: Path, *, merge: bool) -> None:
     if is_checkpoint(source):
-        _export_checkpoint(source, out, merge=merge)
+        _export_checkpoint(source, new, merge=merge)
         return
     folder = find_model(source)
     if folder.resolve() == out.resolve():
         raise UserError(f"{out} is the model itself; name another folder with --out")
     if merge and any(folder.glob("*/adapter_config.json")):
-        CoSupModel.load(folder, dtype="float32", device="cpu").save(out, card=(folder / "README.md").read_text("utf-8"))
-        return
-    with atomic_folder(out, marker="cosup.json") as new:
+        CoSupModel.load(folder, dtype="float32", device="cpu").save(new, card=(folder / "README.md").read_text("utf-8"))
+    else:
         shutil.copytree(folder, new, dirs_exist_ok=True)
 
 

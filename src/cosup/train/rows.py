@@ -48,6 +48,12 @@ def row_of(example: Example, template: Template, passages: Mapping[str, Passage]
     )
 
 
+def up_to_the_last_query(row: Row) -> Row:
+    """What nsp alone has to read of an example; of one that retrieves nothing, its first token."""
+    length = row.ret[-1] + 1 if row.ret else 1
+    return row._replace(ids=row.ids[:length], labels=row.labels[:length])
+
+
 def passage_key(passage: str) -> int:
     """What stands for a passage id in tensors that processes exchange: 63 bits of its SHA-256."""
     return int.from_bytes(hashlib.sha256(passage.encode()).digest()[:8], "big") >> 1

@@ -33,7 +33,7 @@ from cosup.train.rows import Row, passage_key, row_of
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _MARKER = "tokenized.json"
 _BATCH = 512  # rows written together, tokenised by one process
 _WORTH = 1 << 20  # bytes of examples for which other processes are worth their start, some seconds each
@@ -233,10 +233,9 @@ def _build(recipe: Recipe, template: Template, folder: Path) -> None:
 def _read(
     section: DataSection, paths: Sequence[Path], passages: Mapping[str, Passage], left_out: Counter[str]
 ) -> Iterator[Example]:
-    titles = {p.id: p.title for p in passages.values()}
     for path in map(section.resolve, paths):
         if kind_of(path) == "questions":
-            found = convert(read_questions(path), passages=passages, titles=titles, left_out=left_out)
+            found = convert(read_questions(path), passages=passages, left_out=left_out)
         else:
             found = iter(read_examples(path))
         for example in found:
