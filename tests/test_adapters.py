@@ -268,3 +268,41 @@ def test_the_adapters_of_a_rank_16_pair_of_smollm2_stay_below_40_mb(tmp_path: Pa
     CoSupModel.start(section).save(tmp_path / "model")
     adapters = [tmp_path / "model" / part / "adapter_model.safetensors" for part in ("gen", "emb")]
     assert sum(file.stat().st_size for file in adapters) < 40e6
+
+
+@pytest.mark.parametrize("emb", [None, "untied"])
+def test_saved_adapters_go_on_being_trained_as_they_were(
+    emb: str | None, tiny_lm: Path, untied_lm: Path, passages: list[Passage], tmp_path: Path
+) -> None:
+    first = start(tiny_lm, **({"emb": str(untied_lm)} if emb else {}))
+    first.save(tmp_path / "first")
+    section = ModelSection.model_validate({"gen": str(tmp_path / "first"), "lora": {"rank": 2, "alpha": 4}})
+    again = CoSupModel.start(section, seed=5).eval()
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in first.named_parameters() if p.requires_grad
+    }
+    for name, expected in outputs(first, passages).items():
+        np.testing.assert_array_equal(outputs(again, passages)[name], expected)
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / "gen" / "adapter_config.json").read_bytes() == (
+        tmp_path / "first" / "gen" / "adapter_config.json"
+    ).read_bytes()
+    assert CoSupModel.load(tmp_path / "again").fingerprint == CoSupModel.load(tmp_path / "first").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lora": {"rank": 3, "alpha": 4}}, "model.lora.rank is 3, and the adapters at .* have 2"),
+        ({"lora": {"rank": 2, "alpha": 5}}, "model.lora.alpha is 5, and the adapters at .* have 4"),
+        ({"emb": "gen"}, "goes on as it is, with model.emb .* and not 'gen'"),
+        ({"lora": None}, "holds adapters, not whole weights"),
+    ],
+)
+def test_adapters_do_not_go_on_as_something_else(
+    changes: dict[str, Any], sentence: str, tiny_lm: Path, tmp_path: Path
+) -> None:
+    start(tiny_lm).save(tmp_path / "first")
+    raw = {"gen": str(tmp_path / "first"), "lora": {"rank": 2, "alpha": 4}} | changes
+    with pytest.raises(UserError, match=sentence):
+        CoSupModel.start(ModelSection.model_validate(raw))

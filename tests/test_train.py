@@ -143,9 +143,9 @@ def test_a_batch_without_a_retrieval_trains_ntp_alone(tiny: CoSupModel, examples
 
 
 def test_a_run_writes_its_recipe_metrics_curves_and_model_and_learns(recipe: dict, tmp_path: Path) -> None:
-    run = train_recipe(with_train(recipe, max_steps=40), tmp_path / "run")
+    run = train_recipe(with_train(recipe, max_steps=80), tmp_path / "run")
     rows = [row for row in rows_of(run) if "ntp" in row]
-    assert len(rows) == 40
+    assert len(rows) == 80
     assert {
         "grad_norm_gen",
         "grad_norm_emb",

@@ -73,17 +73,42 @@ def load_merged(folder: Path, *, dtype: torch.dtype, layers: int | None, templat
     Raises:
         UserError: the base can't be found.
     """
-    peft = _peft()
+    return _load(folder, layers=layers, template=template).merge_and_unload().to(dtype)
+
+
+def load_trainable(folder: Path, lora: LoraSection, *, layers: int | None, template: TemplateSettings) -> Any:
+    """The base that an adapter names, in float32, with the adapter on it, to go on training it.
+
+    Args:
+        folder: of the adapter.
+        lora: the recipe's `model.lora`, which must say what the adapter is.
+        layers: as for `load_merged`.
+        template: as for `load_merged`.
+
+    Raises:
+        UserError: the base can't be found, or the adapter is another than `lora` says.
+    """
     config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-    name = config["base_model_name_or_path"]
+    for key, wanted, found in (("rank", lora.rank, config["r"]), ("alpha", lora.alpha, config["lora_alpha"])):
+        if wanted != found:
+            raise UserError(
+                f"model.lora.{key} is {wanted:g}, and the adapters at {folder} have {found:g}: say the same"
+            )
+    part = _load(folder, layers=layers, template=template, trainable=True)
+    part.peft_config["default"].base_model_name_or_path = config["base_model_name_or_path"]
+    return part
+
+
+def _load(folder: Path, *, layers: int | None, template: TemplateSettings, trainable: bool = False) -> Any:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     causal = config["task_type"] == "CAUSAL_LM"
-    base, base_tokenizer = (load_lm if causal else load_body)(name)
+    base, base_tokenizer = (load_lm if causal else load_body)(config["base_model_name_or_path"])
     if config.get("trainable_token_indices"):
         add_control_rows(base, base_tokenizer, template)
     if layers is not None:
         keep_layers(base, layers)
     with _quiet():
-        return peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload().to(dtype)
+        return _peft().PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
 
 
 def _adapt(part: Any, lora: LoraSection, *, base: str, task: str, rows: list[int] | None) -> Any:

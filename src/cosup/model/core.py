@@ -26,11 +26,13 @@ from cosup.model.lms import (
     body_of,
     compute_dtype,
     context_of,
+    is_adapter_folder,
     is_decoder,
     keep_freed_memory,
     keep_layers,
     load_body,
     load_lm,
+    place_of,
     refuse_unsupported,
 )
 from cosup.model.packing import ATTENTION, Batch, batches_by_tokens, last_states, mean_states, packed
@@ -216,12 +218,7 @@ class CoSupModel(nn.Module):
         keep_freed_memory()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype = compute_dtype(dtype, device)
-        parts = folders.read(Path(folder), torch_dtype)
-        model = cls(
-            parts.gen, parts.emb, tokenizer=parts.tokenizer, emb_tokenizer=parts.emb_tokenizer, settings=parts.settings
-        )
-        if model.projection is not None:
-            model.projection.load_state_dict(parts.projection)
+        model = cls._of_parts(folders.read(Path(folder), torch_dtype))
         return model.to(device=torch.device(device), dtype=torch_dtype).eval()
 
     @classmethod
@@ -235,13 +232,17 @@ class CoSupModel(nn.Module):
     ) -> Self:
         """The model that a recipe starts from, in float32: pretrained LMs with new rows for the control tokens.
 
+        Where `section.gen` names a model folder of adapters, and `section.lora` is given, these adapters go on.
+
         Args:
             section: the recipe's `model`.
             seed: of what is initialised.
-            template: the layout of text.
+            template: the layout of text; adapters that go on keep theirs.
             retriever: whether Emb_seq encodes both sides, as `separate` training asks.
         """
         keep_freed_memory()
+        if section.lora is not None and is_adapter_folder(place_of(section.gen, "gen")):
+            return cls._going_on(section, retriever=retriever)
         template = template or TemplateSettings()
         gen, tokenizer = load_lm(section.gen)
         torch.manual_seed(seed)
@@ -257,6 +258,32 @@ class CoSupModel(nn.Module):
             control = Template(tokenizer, settings=template)
             gen, emb = adapters.adapted(section, gen, emb, rows=[control.ret, control.cs, control.ce])
         return cls(gen, emb, tokenizer=tokenizer, emb_tokenizer=emb_tokenizer, settings=settings)
+
+    @classmethod
+    def _going_on(cls, section: ModelSection, *, retriever: bool) -> Self:
+        parts = folders.read(Path(section.gen), torch.float32, lora=section.lora)
+        for key, wanted, found in (
+            ("model.emb", section.emb or section.gen, "gen" if parts.settings.emb_is_gen else section.gen),
+            ("model.emb_layers", section.emb_layers or parts.settings.emb_layers, parts.settings.emb_layers),
+            ("a separate retriever", retriever, parts.settings.retriever),
+        ):
+            if wanted != found:
+                raise UserError(
+                    f"{section.gen} goes on as it is, with {key} {found!r} and not {wanted!r}: leave that out"
+                )
+        settings = parts.settings.model_copy(
+            update={"similarity": section.similarity, "temperature": section.temperature}
+        )
+        return cls._of_parts(parts._replace(settings=settings)).float()
+
+    @classmethod
+    def _of_parts(cls, parts: folders.Parts) -> Self:
+        model = cls(
+            parts.gen, parts.emb, tokenizer=parts.tokenizer, emb_tokenizer=parts.emb_tokenizer, settings=parts.settings
+        )
+        if model.projection is not None:
+            model.projection.load_state_dict(parts.projection)
+        return model
 
     def _head(self, states_LD: Tensor) -> Tensor:
         head = self.gen.get_output_embeddings()

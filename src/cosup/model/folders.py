@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from cosup.config import ModelSection, Similarity, UserError
+from cosup.config import LoraSection, ModelSection, Similarity, UserError
 from cosup.files import atomic_folder, sha256
 from cosup.model import adapters
 from cosup.model.lms import ADAPTER_CONFIG, body_of, find_model, is_adapter_folder, quiet, without_pooler
@@ -94,8 +94,11 @@ def write(model: "CoSupModel", folder: Path, *, card: str) -> ModelSettings:
     return settings
 
 
-def read(folder: Path, dtype: torch.dtype) -> Parts:
-    """Opens a model folder, or that of a run. Raises UserError for what `CoSupModel.load` says."""
+def read(folder: Path, dtype: torch.dtype, *, lora: LoraSection | None = None) -> Parts:
+    """Opens a model folder, or that of a run. Raises UserError for what `CoSupModel.load` says.
+
+    With `lora`, adapters stay adapters that can be trained, and what has none is frozen.
+    """
     folder = find_model(folder)
     settings = read_settings(folder)
     for file in folder.rglob("*.safetensors"):
@@ -103,8 +106,8 @@ def read(folder: Path, dtype: torch.dtype) -> Parts:
             raise UserError(f"{file} can't be read by this user; let its owner allow it, for instance with chmod a+r")
     with quiet(), _explained(folder):
         tokenizer = emb_tokenizer = AutoTokenizer.from_pretrained(folder / "gen")
-        gen = _load_part(folder / "gen", AutoModelForCausalLM, dtype, settings)
-        emb = body_of(gen) if settings.emb_is_gen else _load_part(folder / "emb", AutoModel, dtype, settings)
+        gen = _load_part(folder / "gen", AutoModelForCausalLM, dtype, settings, lora)
+        emb = body_of(gen) if settings.emb_is_gen else _load_part(folder / "emb", AutoModel, dtype, settings, lora)
         if (folder / "emb" / "tokenizer_config.json").is_file():
             emb_tokenizer = AutoTokenizer.from_pretrained(folder / "emb")
         projection = folder / "projection.safetensors"
@@ -158,11 +161,14 @@ def _save_part(part: Any, tokenizer: Tokenizer, folder: Path, *, again: Tokenize
         tokenizer.save_pretrained(folder)
 
 
-def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSettings) -> Any:
-    if is_adapter_folder(folder):
-        layers = settings.emb_layers if kind is AutoModel else None
+def _load_part(folder: Path, kind: Any, dtype: torch.dtype, settings: ModelSettings, lora: LoraSection | None) -> Any:
+    layers = settings.emb_layers if kind is AutoModel else None
+    if not is_adapter_folder(folder):
+        part = without_pooler(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True))
+        return part if lora is None else part.requires_grad_(False)
+    if lora is None:
         return adapters.load_merged(folder, dtype=dtype, layers=layers, template=settings.template)
-    return without_pooler(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True))
+    return adapters.load_trainable(folder, lora, layers=layers, template=settings.template)
 
 
 def _fingerprint(folder: Path, settings: ModelSettings) -> str:

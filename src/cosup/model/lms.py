@@ -99,8 +99,8 @@ def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
     place = place_of(name, part)
     if is_adapter_folder(place):
         raise UserError(
-            f"{name} holds adapters, not whole weights: merge them with `cosup export {name} --out FOLDER --merge`, "
-            "and name that folder"
+            f"{name} holds adapters, not whole weights: go on training them with model.lora, or merge them with "
+            f"`cosup export {name} --out FOLDER --merge`, and name that folder"
         )
     try:
         with quiet():
