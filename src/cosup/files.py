@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -21,6 +21,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         UserError: the disk is full, or the place may not be written to; nothing is left behind.
     """
     with explained(path):
+        if path.is_dir():  # told before what is to be written was computed
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -57,8 +59,17 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
             yield temporary
             _share(temporary)
             _replace_folder(temporary, path)
+    except UserError as e:  # of a file inside, whose name nobody else knows
+        raise UserError(str(e).replace(str(temporary), str(path))) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_overwriting(out: Path, inputs: Iterable[Path]) -> None:
+    """Raises UserError if what is to be written would replace a file that it is made of."""
+    for path in inputs:
+        if path.is_file() and out.exists() and path.samefile(out):
+            raise UserError(f"{out} is read, and would be replaced by what is made of it; name another file to write")
 
 
 def cache_folder() -> Path:
@@ -104,11 +115,16 @@ def explained(path: Path) -> Iterator[None]:
             raise _disk_full(path) from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             raise UserError(f"{path} can't be written: {e.strerror}") from e
+        _recognise_full_disk(path, e)
         raise
     except Exception as e:
-        if os.strerror(errno.ENOSPC) not in str(e):  # safetensors and torch wrap the system's error in their own
-            raise
-        raise _disk_full(path) from e
+        _recognise_full_disk(path, e)
+        raise
+
+
+def _recognise_full_disk(path: Path, error: Exception) -> None:
+    if os.strerror(errno.ENOSPC) in str(error):  # safetensors, torch and shutil wrap the system's error in their own
+        raise _disk_full(path) from error
 
 
 def _disk_full(path: Path) -> UserError:

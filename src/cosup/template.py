@@ -403,7 +403,10 @@ def _control_id(tokenizer: Tokenizer, name: str) -> int:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    except TypeError:  # of a lone surrogate, which is what Python makes of stray bytes on a command line
+        raise UserError(f"{text[:80]!r} holds bytes that are no text; write it in UTF-8") from None
     return ids
 
 

@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Whatever is slow to import is imported inside the commands."""
 
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ app.add_typer(serving.app, name="serve")
 def main() -> None:
     """Entry point: a UserError is one sentence on standard error and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows \u27e8 instead of ending it all
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as e:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cosup.cli.options import IndexOption, ModelOption, TaskOption, with_writing_options
+from cosup.config import UserError
 
 if TYPE_CHECKING:
     from cosup.engine import Options
@@ -28,6 +29,8 @@ def ask(
     from cosup.index import open_index
     from cosup.model import CoSupModel
 
+    if not question.strip():
+        raise UserError("the question is empty; ask something")
     opened, loaded = open_index(index), CoSupModel.load(model)
     engine = Engine(loaded, opened, replace(options, rows=1))
     prompt = loaded.template.prompt(question, task=task)
@@ -53,17 +56,20 @@ def generate(
     from cosup import terminal
     from cosup.data import read_questions
     from cosup.engine import Engine
-    from cosup.files import atomic_file
+    from cosup.files import atomic_file, refuse_overwriting
     from cosup.index import open_index
     from cosup.model import CoSupModel
 
+    refuse_overwriting(output, [questions])
     asked = list(read_questions(questions))
+    if not asked:
+        raise UserError(f"{questions} holds no questions to answer")
     opened, loaded = open_index(index), CoSupModel.load(model)
     engine = Engine(loaded, opened, replace(options, rows=rows))
     prompts = [loaded.template.prompt(question.question, task=question.task) for question in asked]
-    with terminal.counting("answering", len(asked), unit="questions") as on_progress:
-        responses = engine.generate(prompts, on_progress=on_progress)
-    with atomic_file(output) as file:
+    with atomic_file(output) as file:  # opened first: a place that can't be written to is told before the work
+        with terminal.counting("answering", len(asked), unit="questions") as on_progress:
+            responses = engine.generate(prompts, on_progress=on_progress)
         for question, response in zip(asked, responses, strict=True):
             cited = list(dict.fromkeys(claim.passage for claim in response.claims))
             line = terminal.answer_json(question.question, response, opened.get(cited), id=question.id)

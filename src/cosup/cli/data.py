@@ -1,5 +1,6 @@
 """Data: checked, converted, built; documents turned into passages."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +21,12 @@ def check(files: Annotated[list[Path], typer.Argument(help="JSONL of passages, q
     for problem in problems:
         print(problem)
     if problems:
-        raise UserError(f"{len(problems):,} problems in {len(files)} files")
-    print(f"{len(files)} files, no problem")
+        raise UserError(f"{_counted(len(problems), 'problem')} in {_counted(len(files), 'file')}")
+    print(f"{_counted(len(files), 'file')}, no problem")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 @app.command("convert")
@@ -42,10 +47,14 @@ def convert(
     from cosup.data import read_passages, write_records
     from cosup.data.convert import convert
     from cosup.data.formats import read_any
+    from cosup.files import refuse_overwriting
 
     if to not in ("examples", "questions"):
         raise UserError(f"--to must be examples or questions, not {to!r}")
+    refuse_overwriting(out, [questions, passages])
     read = read_any(questions, texts=texts)
+    if not read.questions and not read.examples:
+        raise UserError(f"{questions} holds no questions to convert")
     if read.passages and passages.exists():
         raise UserError(f"{passages} exists: the passages of {questions} would replace it; name another file")
     if read.passages:
@@ -90,6 +99,8 @@ def build(
 
     if name != "worldfacts":
         raise UserError(f"there is no built-in data set {name!r}; there is worldfacts")
+    if out.is_file():
+        raise UserError(f"{out} is a file; name a folder")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty, and would be replaced; name another folder")
     summary = build_worldfacts(out, seed=seed)
@@ -107,9 +118,15 @@ def ingest(
     """Turn one's own documents into passages."""
     from cosup.data import write_records
     from cosup.data.documents import ingest as read_documents
+    from cosup.files import refuse_overwriting
 
+    refuse_overwriting(out, paths)
     skipped: list[Path] = []
-    count = write_records(out, read_documents(paths, max_words=max_words, on_skip=skipped.append))
+    passages = read_documents(paths, max_words=max_words, on_skip=skipped.append, leave_out=out)
+    first = next(passages, None)
     for path in skipped:
         print(f"skipped: {path}", file=sys.stderr)
+    if first is None:
+        raise UserError(f"the documents hold no text, so {out} was not written; name others")
+    count = write_records(out, itertools.chain([first], passages))
     print(f"{count:,} passages in {out}")

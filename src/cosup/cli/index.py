@@ -51,8 +51,14 @@ def build(
     source = Source(passages)
     chosen: Any = source
     if cited_by is not None:
-        cited = {passage for question in read_questions(cited_by) for passage in question.gold}
+        cited = {passage: question.id for question in read_questions(cited_by) for passage in question.gold}
         chosen = [passage for passage in source if passage.id in cited]
+        found = {passage.id for passage in chosen}
+        if passage := next((id for id in cited if id not in found), None):
+            raise UserError(
+                f"question {cited[passage]!r} of {cited_by} cites passage {passage!r}, which --passages does not hold; "
+                "name the file that holds it too, or remove the citation"
+            )
     embedder = ModelEmbedder(CoSupModel.load(model))
     total = source.count() if cited_by is None else len(chosen)
     threads = max(1, (os.cpu_count() or 1) // workers) if engine == "local" and workers > 1 else 0  # ray sets its own
@@ -174,6 +180,8 @@ def search(
     conditions = _conditions(where or [])
     (hits,) = opened.search(loaded.query([loaded.template.prompt(query, task=task)]), k, where=conditions)
     terminal.show_hits(hits, opened.get([hit.id for hit in hits]), query=query)
+    if not hits:
+        terminal.err.print("[dim](no passage was found)[/]")
 
 
 def _conditions(where: list[str]) -> dict[str, Any] | None:
@@ -209,6 +217,8 @@ def mine(
     from cosup.model import CoSupModel
 
     asked = list(read_examples(examples))
+    if not asked:
+        raise UserError(f"{examples} holds no examples to find negatives for")
     opened, loaded = open_index(index), CoSupModel.load(model)
     check_index(loaded, opened)
     rules, counts = Rules(count, (first_rank, last_rank), margin), Mined()

@@ -194,7 +194,10 @@ def numbered_records(path: Path, kind: Kind) -> Iterator[tuple[int, Record | Pro
         try:
             yield number, adapter.validate_json(line)
         except ValidationError as e:
-            yield number, Problem(path, number, _reason(e, line))
+            other = _kind_of_line(line)
+            mistaken = other is not None and other != kind
+            reason = f"the line is one of {other}, and {kind} belong here" if mistaken else _reason(e, line)
+            yield number, Problem(path, number, reason)
 
 
 def kind_of(path: Path) -> Kind:

@@ -49,7 +49,7 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts and {len(each)} options; give one for each prompt")
         session = self._session(min(self.options.rows, max(len(prompts), 1)))
-        numbers = [session.submit(prompt, options=own) for prompt, own in zip(prompts, each, strict=True)]
+        numbers = [_submitted(session, prompts, i, own) for i, own in enumerate(each)]
         responses: dict[int, Response] = {}
         while len(responses) < len(prompts):
             for number, event in session.step():
@@ -69,6 +69,13 @@ class Engine:
 
     def _session(self, rows: int) -> Session:
         return Session(self.model, self.index, replace(self.options, rows=rows))
+
+
+def _submitted(session: Session, prompts: Sequence[str | Sequence[int]], i: int, options: Options | None) -> int:
+    try:
+        return session.submit(prompts[i], options=options)
+    except UserError as e:
+        raise e if len(prompts) == 1 else UserError(f"prompt {i + 1:,} of {len(prompts):,}: {e}") from None
 
 
 def _events(session: Session, request: int) -> Iterator[Event]:

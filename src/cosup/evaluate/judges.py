@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError
 
 from cosup.config import UserError
+from cosup.model.lms import hub_within_reach
 
 
 def load_part(kind: Any, name: str, *, role: str, **options: Any) -> Any:
@@ -21,7 +22,8 @@ def load_part(kind: Any, name: str, *, role: str, **options: Any) -> Any:
         UserError: it can't be loaded.
     """
     try:
-        return kind.from_pretrained(name, **options)
+        with hub_within_reach():
+            return kind.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(
             f"{role} {name} can't be loaded ({str(e).strip().splitlines()[0]}); name a folder, or a model of Hugging "

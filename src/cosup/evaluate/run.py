@@ -22,7 +22,7 @@ import yaml
 
 from cosup.config import UserError
 from cosup.data import Passage, write_records
-from cosup.engine import Options
+from cosup.engine import Options, check_index
 from cosup.evaluate.figures import Evaluation, Figure, Item, summarize
 from cosup.evaluate.fluency import mauve
 from cosup.evaluate.journal import read_journal
@@ -97,6 +97,7 @@ def evaluate_tasks(
             candidate is not in the index.
     """
     settings = settings or RunSettings()
+    check_index(model, index)  # before a folder is begun that would be another run's
     for task in tasks:
         refuse_unknown_gold(task.questions, index)
     _open_run(

@@ -101,6 +101,9 @@ def read(folder: Path, dtype: torch.dtype, *, lora: LoraSection | None = None) -
     """
     folder = find_model(folder)
     settings = read_settings(folder)
+    for part in ("gen",) if settings.emb_is_gen else ("gen", "emb"):
+        if not (folder / part).is_dir():  # it would be taken for a name of the Hub
+            raise UserError(f"{folder / part} is missing: copy the model again, or export it again")
     for file in folder.rglob("*.safetensors"):
         if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
             raise UserError(f"{file} can't be read by this user; let its owner allow it, for instance with chmod a+r")
@@ -137,7 +140,9 @@ def read_settings(folder: Path) -> ModelSettings:
                 f"{file} has format version {raw['format_version']}, newer than this cosup reads; upgrade cosup"
             )
         return ModelSettings.model_validate(raw)
-    except (ValidationError, KeyError, TypeError, json.JSONDecodeError) as e:
+    except KeyError as e:
+        raise UserError(f"{file} is damaged: the key {e} is missing") from None
+    except (ValidationError, TypeError, json.JSONDecodeError) as e:
         raise UserError(f"{file} is damaged: {str(e).splitlines()[0]}") from None
 
 

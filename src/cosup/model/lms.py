@@ -4,11 +4,15 @@ import contextlib
 import ctypes
 import importlib.util
 import io
+import socket
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -76,7 +80,7 @@ def load_tokenizer(name: str, *, part: str) -> Tokenizer:
     """The tokenizer of a model alone; arguments as for `lasting_name`, errors as for `load_lm`."""
     place = place_of(name, part)
     try:
-        with quiet():
+        with quiet(), hub_within_reach():
             return AutoTokenizer.from_pretrained(place if place.is_dir() else name)
     except (OSError, ValueError) as e:
         raise UserError(f"the tokenizer of {name!r} can't be loaded ({str(e).strip().splitlines()[0]})") from None
@@ -102,8 +106,10 @@ def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
             f"{name} holds adapters, not whole weights: go on training them with model.lora, or merge them with "
             f"`cosup export {name} --out FOLDER --merge`, and name that folder"
         )
+    if place.is_file():
+        raise UserError(f"{name} is a file, not a model: name `{SMOLLM2}`, a model's folder, or a Hugging Face name")
     try:
-        with quiet():
+        with quiet(), hub_within_reach():
             source = place if place.is_dir() else name
             lm = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)  # never a pickle
             return lm, AutoTokenizer.from_pretrained(source)
@@ -113,6 +119,30 @@ def _load(name: str, kind: Any, *, part: str) -> tuple[Any, Tokenizer]:
             f"the model {name!r} can't be loaded ({reason}); name `{SMOLLM2}`, a local folder, or a Hugging Face "
             "model that this machine can reach"
         ) from None
+
+
+@contextlib.contextmanager
+def hub_within_reach() -> Iterator[None]:
+    """Loading by a name: where that of the Hub itself does not resolve, only its cache is looked into.
+
+    Asked all the same, it would wait and warn for most of a minute, and for a model that is in the cache too.
+    """
+    constants: Any = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _resolves(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _resolves(address: str) -> bool:
+    if urllib.request.getproxies():  # they do it for us
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(address).hostname, None))
+    except OSError:
+        return False
 
 
 def is_adapter_folder(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoTokeni
 from cosup.config import UserError
 from cosup.model.core import CoSupModel
 from cosup.model.folders import ModelSettings
-from cosup.model.lms import quiet, without_pooler
+from cosup.model.lms import hub_within_reach, quiet, without_pooler
 from cosup.template import TemplateSettings, Tokenizer
 
 PAD, CS, CE, RET = "<PAD>", "[Cs]", "[Ce]", "[Ret]"
@@ -63,7 +63,7 @@ def import_published(gen: str, emb: str | None, *, out: Path, retriever: str | N
 
 def _open(name: str, kind: Any) -> tuple[Any, Tokenizer]:
     try:
-        with quiet():
+        with quiet(), hub_within_reach():
             lm = without_pooler(kind.from_pretrained(name, dtype="auto", use_safetensors=True))
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as e:

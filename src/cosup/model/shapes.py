@@ -13,7 +13,7 @@ from cosup.config import ModelSection, UserError
 from cosup.model import adapters
 from cosup.model.core import CoSupModel
 from cosup.model.folders import ModelSettings
-from cosup.model.lms import body_of, is_adapter_folder, place_of, quiet, without_pooler
+from cosup.model.lms import body_of, hub_within_reach, is_adapter_folder, place_of, quiet, without_pooler
 from cosup.template import TemplateSettings
 
 _END = 0  # stands for the end token of the tokenizers that are not here
@@ -39,7 +39,7 @@ def config_of(name: str, *, part: str) -> Any:
         sizes = dict(known[name])
         return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     try:
-        with quiet():
+        with quiet(), hub_within_reach():
             return AutoConfig.from_pretrained(place if place.is_dir() else name)
     except (OSError, ValueError) as e:
         raise UserError(

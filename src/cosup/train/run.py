@@ -62,11 +62,12 @@ def train_recipe(
     data = load_data(recipe, model.template, context=model.context)
     model.to(compute_dtype(recipe.train.dtype, processes.device.type))
     compiled = compile_layers(model, recipe.train.compile)
+    with explained(run):  # before the folder is claimed: a mistake in `train.trainer` does not take it
+        trainer = _trainer(recipe, model, data, run, callbacks if processes.is_main_process else ())
     if processes.is_main_process:
         _claim(run, recipe)
         on_start(_summary(recipe, model, data, compiled=compiled) | expectations(recipe, model, data))
     processes.wait_for_everyone()
-    trainer = _trainer(recipe, model, data, run, callbacks if processes.is_main_process else ())
     with explained(run):
         trainer.train(resume_from_checkpoint=_resumed(run))
     if data.shortened:

@@ -218,9 +218,9 @@ def _build(recipe: Recipe, template: Template, folder: Path) -> None:
         _write(folder / "passages.arrow", _PASSAGES, _sequences(run(_embedded, read), shortened))
     left_out += Counter()  # drops what is zero
     if not counts["examples"]:
-        raise UserError(f"there is nothing to train on: {dict(left_out) or 'the files hold no examples'}")
+        raise UserError(f"there is nothing to train on: {_reasons(left_out)}")
     if section.dev and not counts["dev"]:
-        raise UserError(f"there is nothing to judge by in data.dev: {dict(left_out) or 'its files hold no examples'}")
+        raise UserError(f"there is nothing to judge by in data.dev: {_reasons(left_out)}")
     told = {
         "left_out": left_out,
         "shortened": len(shortened),
@@ -271,6 +271,11 @@ def _embedded(template: Template, passages: Sequence[Passage]) -> tuple[list[tup
     limit = template.settings.max_passage_tokens
     rows = [(passage_key(p.id), template.embedded(p, max_tokens=limit)) for p in passages]
     return rows, set(template.shortened)
+
+
+def _reasons(left_out: Mapping[str, int]) -> str:
+    told = [f"{count:,} left out ({reason})" for reason, count in left_out.items()]
+    return ", ".join(told) or "the files hold no examples"
 
 
 def _fitting(

@@ -29,7 +29,11 @@ SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf", ".jsonl", ".jso
 
 
 def ingest(
-    paths: Sequence[Path], *, max_words: int = 120, on_skip: Callable[[Path], None] = lambda path: None
+    paths: Sequence[Path],
+    *,
+    max_words: int = 120,
+    on_skip: Callable[[Path], None] = lambda path: None,
+    leave_out: Path | None = None,
 ) -> Iterator[Passage]:
     """Makes passages of documents.
 
@@ -50,6 +54,7 @@ def ingest(
             without hidden files and linked folders. A file that is met twice is read once.
         max_words: most words in a passage's text, from 1; a Chinese or Japanese character counts as a word.
         on_skip: called with each path in a folder that is not read, because of its suffix or because it is no file.
+        leave_out: a file that is not read where a folder holds it: the one that the passages go to.
 
     Yields:
         The passages, file by file. `meta` holds `source`, the path as given, and `position`, from 1 within the file;
@@ -58,13 +63,13 @@ def ingest(
 
     Raises:
         UserError: a path that is missing or has another suffix, a folder without documents, a PDF that is damaged,
-            encrypted or a scan without text, a file that is not UTF-8 or not the JSON Lines it says it is, an `id` that
-            occurs twice, or `max_words` below 1.
+            encrypted or a scan without text, a file, or its name, that is not UTF-8, one that is not the JSON Lines it
+            says it is, an `id` that occurs twice, or `max_words` below 1.
     """
     if max_words < 1:
         raise UserError(f"max_words is {max_words}, and must be 1 or more; 120 suits most documents")
     occurrences: Counter[str] = Counter()
-    for path, relative in list(_documents(paths, on_skip)):
+    for path, relative in list(_documents(paths, on_skip, leave_out)):
         for position, piece in enumerate(_pieces_of(path, max_words), start=1):
             id = piece.id or _passage_id(relative, piece.title, piece.text)
             occurrences[id] += 1
@@ -83,14 +88,24 @@ def _passage_id(relative: str, title: str, text: str) -> str:
 # Which files
 
 
-def _documents(paths: Iterable[Path], on_skip: Callable[[Path], None]) -> Iterator[tuple[Path, str]]:
+def _documents(
+    paths: Iterable[Path], on_skip: Callable[[Path], None], leave_out: Path | None
+) -> Iterator[tuple[Path, str]]:
     """Each file to read, once, with its path below the argument that led to it."""
-    seen: set[Path] = set()
+    seen: set[Path] = {leave_out.resolve()} if leave_out else set()
     for root in paths:
         for path in _folder(root, on_skip) if root.is_dir() else [_file(root)]:
             if path.resolve() not in seen:
+                _refuse_unwritable_name(path)
                 seen.add(path.resolve())
                 yield path, path.relative_to(root).as_posix() if path != root else path.name
+
+
+def _refuse_unwritable_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name {str(path)!r} is not UTF-8, so no passage can hold it; rename the file") from None
 
 
 def _file(path: Path) -> Path:
