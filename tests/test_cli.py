@@ -1,10 +1,14 @@
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from cosup.cli import main
 from cosup.data import Example, Passage, Question, read_examples, read_passages, write_records
 from cosup.index import FaissIndex, build_index
 from cosup.model import CoSupModel
@@ -28,6 +32,21 @@ def refuse(*arguments: object) -> str:
     done = run(*arguments, expect=2)
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def refuse_here(*arguments: object) -> str:
+    """As `refuse`, in this process: what only needs the messages is sooner done."""
+    told = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["cosup", *map(str, arguments)]),
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(told),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert ended.value.code == 2
+    (line,) = told.getvalue().splitlines()
     return line
 
 
@@ -169,6 +188,32 @@ def test_bad_input_is_one_sentence_and_exit_code_2(files: Path, tiny_folder: Pat
     assert not missing.exists()
 
 
+def test_bad_input_is_told_before_the_work_and_leaves_every_file_as_it_was(files: Path, tiny_folder: Path) -> None:
+    place = ("--model", tiny_folder, "--index", files / "index")
+    empty, few, out = files / "empty.jsonl", files / "few.jsonl", files / "out.jsonl"
+    empty.write_text("")
+    write_records(few, list(read_passages(files / "passages.jsonl"))[:1])
+    questions, passages = files / "questions.jsonl", files / "passages.jsonl"
+    before = {path: path.read_bytes() for path in files.glob("*.jsonl")}
+    asked = ("generate", *place, "--input")
+    assert "holds no questions to answer" in refuse_here(*asked, empty, "--output", out)
+    assert "would be replaced" in refuse_here(*asked, questions, "--output", questions)
+    assert "is one of passages, and questions belong here" in refuse_here(*asked, passages, "--output", out)
+    assert "the question is empty" in refuse_here("ask", " ", *place)
+    assert "holds no examples" in refuse_here("mine", empty, *place, "--out", out)
+    converted = ("data", "convert", questions, "--passages", passages, "--out")
+    assert "would be replaced" in refuse_here(*converted, passages)
+    assert "holds no questions" in refuse_here("data", "convert", empty, "--passages", passages, "--out", out)
+    assert "would be replaced" in refuse_here("ingest", passages, "--out", passages)
+    (files / "empty.txt").write_text("")
+    assert "hold no text" in refuse_here("ingest", files / "empty.txt", "--out", out)
+    assert "is a file" in refuse_here("data", "build", "worldfacts", "--out", passages)
+    built = ("index", "build", "--model", tiny_folder, "--passages", few, "--cited-by", questions, "--out")
+    assert "cites passage 'p3', which --passages does not hold" in refuse_here(*built, files / "new")
+    assert {path: path.read_bytes() for path in files.glob("*.jsonl")} == before
+    assert not (files / "new").exists()
+
+
 def test_an_empty_corpus_leaves_no_index_and_an_endless_passage_is_split(
     files: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -237,3 +282,6 @@ def test_an_index_of_another_model_is_refused(files: Path, tiny_lm: Path, tmp_pa
     for command in (("ask",), ("index", "search")):
         message = refuse(*command, "x", "--model", tmp_path / "other", "--index", files / "index")
         assert "the index was built by another model" in message
+    asked = ("--model", tmp_path / "other", "--index", files / "index", "--questions", files / "questions.jsonl")
+    assert "the index was built by another model" in refuse("evaluate", *asked)
+    assert not (tmp_path / "other" / "evaluations").exists(), "the right index would be refused as another one"

@@ -480,3 +480,20 @@ def test_a_pdf_without_text_or_with_a_password_is_refused(pdf, tmp_path):
     writer.write(tmp_path / "secret.pdf")
     with pytest.raises(UserError, match="is encrypted"):
         list(ingest([tmp_path / "secret.pdf"]))
+
+
+def test_the_file_that_passages_go_to_is_not_read_again(write, tmp_path):
+    write("a.txt", "one two")
+    out = tmp_path / "passages.jsonl"
+    write_records(out, ingest([tmp_path], leave_out=out))
+    first = list(read_passages(out))
+    assert list(ingest([tmp_path], leave_out=out)) == first
+
+
+def test_a_file_whose_name_is_not_utf8_is_told(tmp_path):
+    try:
+        (tmp_path / "caf\udce9.txt").write_text("one two")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(UserError, match=r"the name '.*caf\\udce9.txt' is not UTF-8"):
+        list(ingest([tmp_path]))

@@ -413,6 +413,8 @@ def test_a_passage_is_shortened_where_the_context_is_nearly_full_and_the_respons
 def test_a_prompt_longer_than_the_context_is_refused(tiny: CoSupModel, index: FaissIndex) -> None:
     with pytest.raises(UserError, match=r"the prompt has .* tokens, and the model reads at most 512"):
         Engine(tiny, index).generate(["gold " * 600])
+    with pytest.raises(UserError, match=r"^prompt 2 of 3: the prompt has"):
+        Engine(tiny, index).generate(["gold", "gold " * 600, "iron"])
 
 
 def test_a_stream_gives_the_events_of_the_response_and_closing_it_frees_its_row(

@@ -1,11 +1,12 @@
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cosup.config import UserError
-from cosup.files import atomic_file, atomic_folder, sha256
+from cosup.files import atomic_file, atomic_folder, refuse_overwriting, sha256
 
 
 def _tree(folder):
@@ -144,10 +145,37 @@ def test_an_error_that_no_user_can_mend_is_passed_on(tmp_path, write):
     assert not isinstance(caught.value, UserError)
 
 
-def test_a_folder_in_the_place_of_a_file_is_an_error_of_the_user(tmp_path):
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_computed(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="can't be written"):
-        _write_file(tmp_path / "out")
+    with pytest.raises(UserError, match="can't be written: Is a directory"), atomic_file(tmp_path / "out"):
+        raise AssertionError("the block began")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_full_disk_that_a_library_words_its_own_way_is_recognised(tmp_path):
+    wrapped = shutil.Error([("a", "b", f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: 'a' -> 'b'")])
+    with pytest.raises(UserError, match=f"the disk is full: {tmp_path / 'out'} was not written"):
+        _write_folder(tmp_path / "out", error=wrapped)
+
+
+def test_an_error_inside_a_folder_names_the_place_that_the_user_gave(tmp_path):
+    with (
+        pytest.raises(UserError, match=f"the disk is full: {tmp_path / 'out' / 'a.jsonl'} was not written"),
+        atomic_folder(tmp_path / "out", marker="part") as new,
+        atomic_file(new / "a.jsonl"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_would_replace_its_own_source_is_refused_under_any_name(tmp_path):
+    source, other = tmp_path / "a.jsonl", tmp_path / "link.jsonl"
+    source.write_bytes(b"precious")
+    other.symlink_to(source)
+    for out in (source, other, tmp_path / "." / "a.jsonl"):
+        with pytest.raises(UserError, match="is read, and would be replaced"):
+            refuse_overwriting(out, [tmp_path / "absent", source])
+    refuse_overwriting(tmp_path / "new.jsonl", [source])
 
 
 def test_a_file_in_the_place_of_a_folder_is_an_error_of_the_user_and_stays(tmp_path):

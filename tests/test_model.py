@@ -1,9 +1,12 @@
 import json
 import math
 import os
+import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -125,10 +128,32 @@ def test_more_layers_than_there_are_is_refused(tiny_lm: Path) -> None:
         CoSupModel.start(ModelSection(gen=str(tiny_lm), emb_layers=5))
 
 
-def test_an_unknown_model_is_refused_with_what_to_name_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_an_unknown_model_is_refused_at_once_where_the_hub_is_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unresolved(*_: Any) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", unresolved)
     with pytest.raises(UserError, match="the model 'nobody/nothing' can't be loaded"):
         CoSupModel.start(ModelSection(gen="nobody/nothing"))
+    assert "Retrying" not in caplog.text
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_file_in_the_place_of_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_text("x")
+    with pytest.raises(UserError, match=r"model.bin is a file, not a model"):
+        CoSupModel.start(ModelSection(gen=str(tmp_path / "model.bin")))
+
+
+@pytest.mark.parametrize("part", ["gen", "emb"])
+def test_a_model_folder_without_one_of_its_parts_says_which(tiny_folder: Path, tmp_path: Path, part: str) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    with pytest.raises(UserError, match=f"{part} is missing: copy the model again"):
+        CoSupModel.load(tmp_path / "model")
 
 
 def test_a_missing_weights_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

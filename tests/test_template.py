@@ -235,6 +235,11 @@ def test_control_tokens_that_users_and_documents_type_stay_text(template, contro
     assert [claim.text for claim in _parse(template, rendered).claims] == [typed]
 
 
+def test_stray_bytes_of_a_command_line_are_refused(template):
+    with pytest.raises(UserError, match=r"'.*caf\\udce9.*' holds bytes that are no text"):
+        template.prompt("caf\udce9", task="")
+
+
 def test_control_tokens_are_added_once(tiny_lm):
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     assert with_control_tokens(tokenizer, TemplateSettings()) == 3

@@ -307,6 +307,7 @@ def test_nothing_to_train_on_and_dangling_citations_are_refused(corpus: Path, re
 def test_unknown_trainer_fields_and_those_of_the_recipe_are_refused(recipe: dict, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nonsense"):
         train_recipe(with_train(recipe, trainer={"nonsense": 1}), tmp_path / "a")
+    assert not (tmp_path / "a" / "recipe.yaml").exists(), "the corrected recipe would be refused as another one"
     with pytest.raises(UserError, match=r"train.trainer.learning_rate is set by the recipe"):
         train_recipe(with_train(recipe, trainer={"learning_rate": 1}), tmp_path / "b")
 
