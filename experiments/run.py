@@ -206,7 +206,8 @@ def trained(condition: str, seed: int, data: Data, arguments: argparse.Namespace
     if recipe.train.negatives:
         mined = with_negatives(recipe, data, arguments)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": (mined.resolve(),)})})
-    return train_recipe(recipe, run, callbacks=[terminal.training_callback()], on_start=terminal.show_settings)
+    with terminal.training_bar() as bar:
+        return train_recipe(recipe, run, callbacks=[bar], on_start=terminal.show_settings)
 
 
 def indexed(model: CoSupModel, passages: Path, folder: Path):  # type: ignore[no-untyped-def]

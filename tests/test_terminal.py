@@ -1,8 +1,11 @@
 import io
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
+from transformers import TrainerState
 
 from cosup import terminal
 from cosup.data import Passage
@@ -48,15 +51,49 @@ def test_what_models_and_documents_write_neither_steers_the_terminal_nor_is_mark
     assert shown.getvalue().count("gone [bold]not markup[/] \\") == 6
 
 
-def test_a_line_of_training_tells_losses_accuracy_speed_and_time_left() -> None:
-    logs = {
-        "ntp": 1.5,
-        "nsp": 0.25,
-        "accuracy": 0.5,
-        "candidates": 16.0,
-        "tokens_per_second": 1234.0,
-        "minutes": 2.0,
-        "progress": 0.25,
-    }
-    line = terminal.training_line(7, logs)
-    assert line == "step 7  ntp 1.500  nsp 0.250  accuracy 0.50 of 16  1,234 tokens/s  6.0 min left"
+LOGS = {
+    "ntp": 1.5,
+    "nsp": 0.25,
+    "accuracy": 0.5,
+    "candidates": 16.0,
+    "tokens_per_second": 1234.0,
+    "minutes": 2.0,
+    "progress": 0.25,
+}
+FIGURES = "step 7  ntp 1.500  nsp 0.250  accuracy 0.50 of 16  1,234 tokens/s"
+
+
+def show_training(monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool, error: type[BaseException] | None) -> str:
+    """What is written to a standard error of 80 columns when a training logs once, and then ends or breaks off."""
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "err", Console(file=screen, force_terminal=is_terminal, width=80))
+    with suppress(KeyboardInterrupt), terminal.training_bar() as bar:
+        bar.on_train_begin(None, TrainerState(), None)
+        bar.on_log(None, TrainerState(global_step=7), None, logs=LOGS)
+        if error is not None:
+            raise error
+    return screen.getvalue()
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_training_shows_all_its_figures_in_80_columns_and_leaves_the_cursor_visible(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
+) -> None:
+    shown = show_training(monkeypatch, is_terminal=True, error=error)
+    assert "6.0 min left" in shown
+    assert FIGURES in shown
+    assert "25%" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is still hidden"
+
+
+def test_counting_prints_one_line_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "err", Console(file=screen))
+    with terminal.counting("indexing", 12, unit="passages") as on_progress:
+        on_progress(12)
+    (line,) = screen.getvalue().splitlines()
+    assert re.fullmatch(r"indexing: 12 passages, [\d,.]+ passages/s", line)
+
+
+def test_a_training_prints_a_line_a_log_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert show_training(monkeypatch, is_terminal=False, error=None) == f"training  25%  {FIGURES}  6.0 min left\n"

@@ -3,14 +3,22 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text as RichText
 
@@ -43,55 +51,81 @@ def counting(what: str, total: int | None, *, unit: str) -> Iterator[Callable[[i
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(what, total=total)
+    progress = Progress(*columns, console=err, transient=True)
+    task = progress.add_task(what, total=total)
+    with progress if err.is_terminal else nullcontext():  # where there is none, it would leave an empty line
         yield lambda done: progress.update(task, completed=done)
-        progress.stop()
-        finished = progress.tasks[0]
-        seconds = finished.elapsed or 1e-9
-        err.print(f"{what}: {finished.completed:,.0f} {unit}, {finished.completed / seconds:,.1f} {unit}/s")
+    finished = progress.tasks[0]
+    seconds = finished.elapsed or 1e-9
+    err.print(f"{what}: {finished.completed:,.0f} {unit}, {finished.completed / seconds:,.1f} {unit}/s", soft_wrap=True)
 
 
-def training_callback() -> Any:
-    """A transformers callback that shows a bar with both losses, accuracy, speed and time left."""
+@contextmanager
+def training_bar() -> Iterator[Any]:
+    """A transformers callback that shows a bar with time left, and under it both losses, accuracy and speed.
+
+    Where standard error is no terminal, it prints a line at each log. However the training ends, the terminal is left
+    as it was.
+    """
     from transformers import TrainerCallback
 
-    class TrainingBar(TrainerCallback):
-        """The bar; where standard error is no terminal, a line each log."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("training"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    progress = _BarAndFigures(*columns, console=err)
+    task = progress.add_task("", total=1.0, left="", figures="starting")
 
-        def __init__(self) -> None:
-            text = TextColumn("{task.fields[figures]}")
-            self._progress = Progress(SpinnerColumn(), TextColumn("training"), BarColumn(), text, console=err)
+    class TrainingBar(TrainerCallback):
+        """Begins, moves and ends the bar."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._task = self._progress.add_task("", total=1.0, figures="starting")
             if err.is_terminal:
-                self._progress.start()
+                progress.start()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not logs or "progress" not in logs:
                 return
-            line = training_line(state.global_step, logs)
-            self._progress.update(self._task, completed=logs["progress"], figures=line)
+            figures, left = training_figures(state.global_step, logs), time_left(logs)
+            progress.update(task, completed=logs["progress"], left=left, figures=figures)
             if not err.is_terminal:
-                err.print(f"training {logs['progress']:4.0%}  {line}", soft_wrap=True)
+                err.print(f"training {logs['progress']:4.0%}  {figures}  {left}", soft_wrap=True)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._progress.stop()
+            progress.live.stop()
 
-    return TrainingBar()
+    try:
+        yield TrainingBar()
+    finally:  # a training that breaks off has no end; the cursor would stay hidden
+        progress.live.stop()
 
 
-def training_line(step: int, logs: Mapping[str, float]) -> str:
-    """Step, losses, accuracy, speed and time left in one line."""
+class _BarAndFigures(Progress):
+    """A bar, and its figures on a line of their own, since both on one are wider than many a terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield RichText(task.fields["figures"], overflow="ellipsis", no_wrap=True)
+
+
+def training_figures(step: int, logs: Mapping[str, float]) -> str:
+    """Step, losses, accuracy and speed in one line."""
     parts = [f"step {step}"]
     parts += [f"{name} {logs[name]:.3f}" for name in ("ntp", "nsp") if name in logs]
     if "accuracy" in logs:
         parts.append(f"accuracy {logs['accuracy']:.2f} of {logs['candidates']:.0f}")
     parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-    left = logs["minutes"] * (1 / logs["progress"] - 1) if logs["progress"] else 0.0
-    parts.append(f"{left:.1f} min left")
     return "  ".join(parts)
+
+
+def time_left(logs: Mapping[str, float]) -> str:
+    """Minutes that a training goes on at the pace it had."""
+    left = logs["minutes"] * (1 / logs["progress"] - 1) if logs["progress"] else 0.0
+    return f"{left:.1f} min left"
 
 
 def show_settings(table: Mapping[str, str]) -> None:

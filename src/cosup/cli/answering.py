@@ -97,7 +97,8 @@ def demo(
     terminal.step("Evaluating the untrained model")
     before = steps.before()
     terminal.step(f"Co-supervising Gen and Emb_seq for {minutes:g} minutes")
-    steps.train(callbacks=[terminal.training_callback()], on_start=terminal.show_settings)
+    with terminal.training_bar() as bar:
+        steps.train(callbacks=[bar], on_start=terminal.show_settings)
     terminal.step("Indexing and evaluating the trained model")
     after = steps.after()
     terminal.step("Before and after")

@@ -28,7 +28,8 @@ def train(
     run = out or Path("runs") / settings.name
     if fresh:
         remove_run(run)
-    train_recipe(settings, run, callbacks=[terminal.training_callback()], on_start=terminal.show_settings)
+    with terminal.training_bar() as bar:
+        train_recipe(settings, run, callbacks=[bar], on_start=terminal.show_settings)
     terminal.out.print(f"saved: {run}/model, {run}/metrics.jsonl, {run}/curves.png", soft_wrap=True)
 
 
