@@ -7,8 +7,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from typer.testing import CliRunner
 
-from cosup.cli import main
+from cosup.cli import app, main
 from cosup.data import Example, Passage, Question, read_examples, read_passages, write_records
 from cosup.index import FaissIndex, build_index
 from cosup.model import CoSupModel
@@ -212,6 +213,20 @@ def test_bad_input_is_told_before_the_work_and_leaves_every_file_as_it_was(files
     assert "cites passage 'p3', which --passages does not hold" in refuse_here(*built, files / "new")
     assert {path: path.read_bytes() for path in files.glob("*.jsonl")} == before
     assert not (files / "new").exists()
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_an_answer_that_breaks_off_is_shown_and_is_no_success(
+    files: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, form: list[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(FaissIndex, "search", broken)
+    asked = ["ask", "gold?", "--model", str(tiny_folder), "--index", str(files / "index"), "--retrieve-first", *form]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 2
+    assert "the search of the index failed" in done.output
 
 
 def test_an_empty_corpus_leaves_no_index_and_an_endless_passage_is_split(

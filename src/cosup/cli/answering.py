@@ -34,12 +34,14 @@ def ask(
     opened, loaded = open_index(index), CoSupModel.load(model)
     engine = Engine(loaded, opened, replace(options, rows=1))
     prompt = loaded.template.prompt(question, task=task)
-    if not as_json:
-        terminal.show_answer(engine.stream(prompt), opened.get)
-        return
-    (response,) = engine.generate([prompt])
-    cited = list(dict.fromkeys(claim.passage for claim in response.claims))
-    print(terminal.answer_json(question, response, opened.get(cited)))
+    if as_json:
+        (response,) = engine.generate([prompt])
+        cited = list(dict.fromkeys(claim.passage for claim in response.claims))
+        print(terminal.answer_json(question, response, opened.get(cited)))
+    else:
+        response = terminal.show_answer(engine.stream(prompt), opened.get)
+    if response.reason == "error":  # it was shown with the answer
+        raise typer.Exit(2)
 
 
 @with_writing_options
