@@ -36,12 +36,12 @@ def causal(layer: int, query_1HSd: Tensor, key_1GSd: Tensor, value_1GSd: Tensor,
 def test_layers_called_by_hand_give_the_states_that_transformers_gives(config, lora):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     body = AutoModel.from_config(config, attn_implementation=ATTENTION).double().eval()
-    by_hand = decoder_of(body)
-    assert isinstance(by_hand, _LlamaDecoder) is (getattr(config, "hidden_act", "") == "silu")
     if lora:
         if config.model_type == "gpt2":
             pytest.skip("its layers are transformers' own in any case")
         inject_adapter_in_model(LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"), body)
+    by_hand = decoder_of(body, pack=False)
+    assert isinstance(by_hand, _LlamaDecoder) is (getattr(config, "hidden_act", "") == "silu")
     for parameter in body.parameters():  # norms of all ones would hide a forgotten one
         parameter.add_(torch.randn_like(parameter) * 0.05)
     ids, positions = torch.randint(50, (7,)), torch.arange(3, 10)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosup.engine.decoder import decoder_of
+from cosup.engine.products import packs, products
 from cosup.model import CoSupModel, body_of
 
 
@@ -45,7 +46,9 @@ class Reader:
 
     def __init__(self, model: CoSupModel, rows: int):
         body = body_of(model.gen)
-        self._decoder, self._dtype, self._head = decoder_of(body), body.dtype, model.gen.get_output_embeddings()
+        pack = packs(body)
+        self._decoder, self._dtype = decoder_of(body, pack=pack), body.dtype
+        self._head = products(model.gen.get_output_embeddings(), pack=pack)
         self._device = model.device
         self._cache = _Cache(rows, model.gen.config.num_hidden_layers)
 
@@ -64,7 +67,7 @@ class Reader:
 
     def logits(self, states_RD: Tensor) -> Tensor:
         """Next-token logits [R, V]."""
-        logits_RV: Tensor = self._head(states_RD)
+        (logits_RV,) = self._head(states_RD)
         return logits_RV
 
     def copy(self, source: int, target: int, length: int) -> None:
