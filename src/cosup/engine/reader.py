@@ -1,7 +1,8 @@
 """Reading: chunks of several rows pass through Gen in one go, each at its own place in a shared key-value cache.
 
 Shapes: S tokens of a step, laid end to end in one row; W wanted states; R rows of the cache; L cached tokens; C tokens
-of a chunk; D hidden size; V vocabulary; H heads of queries, G heads of keys and values, N = H / G; d head size.
+of a chunk; D hidden size; V vocabulary; H heads of queries, G heads of keys and values, N = H / G; M = N C; d head
+size.
 
 Nothing is padded. The linear layers see all tokens of a step at once, so that a row that writes a token costs little
 beside one that reads a passage.
@@ -85,13 +86,12 @@ class _Step:
         self.rows = max(chunk.slot for chunk in chunks) + 1
         self.ids_S = torch.tensor([i for chunk in chunks for i in chunk.ids], device=device)
         self.columns_S = torch.cat([torch.arange(c.start, c.start + len(c.ids)) for c in chunks]).to(device)
-        self.slots_S = (
-            torch.tensor([chunk.slot for chunk in chunks]).repeat_interleave(torch.tensor(lengths)).to(device)
-        )
+        self.slots_S = torch.tensor([chunk.slot for chunk in chunks for _ in chunk.ids], device=device)
         self.single = sum(length == 1 for length in lengths)
         self._singles_end = max((chunk.start + 1 for chunk in chunks[: self.single]), default=0)
         self._mask_R11L = self._singles_mask(device, dtype) if self.single else None
         self._masks_CL = [_causal(chunk, device, dtype) for chunk in chunks[self.single :]]
+        self._masks_ML: list[Tensor] = []
 
     def attend(self, query_1HSd: Tensor, keys_RGLd: Tensor, values_RGLd: Tensor, scale: float | None) -> Tensor:
         """What each token takes from its own row; [1, H, S, d]."""
@@ -99,16 +99,29 @@ class _Step:
         if self.single:
             parts.append(self._attend_singles(query_1HSd[0, :, : self.single], keys_RGLd, values_RGLd, scale))
         start = self.single
-        for chunk, mask_CL in zip(self.chunks[self.single :], self._masks_CL, strict=True):
+        masks_ML = self._masks(query_1HSd.shape[1] // keys_RGLd.shape[1])
+        for chunk, mask_ML in zip(self.chunks[self.single :], masks_ML, strict=True):
             end = start + len(chunk.ids)
-            keys_1GLd, values_1GLd = (x[chunk.slot, None, :, : mask_CL.shape[1]] for x in (keys_RGLd, values_RGLd))
-            parts.append(
-                F.scaled_dot_product_attention(
-                    query_1HSd[:, :, start:end], keys_1GLd, values_1GLd, attn_mask=mask_CL, scale=scale, enable_gqa=True
-                )
-            )
+            keys_1GLd, values_1GLd = (x[chunk.slot, None, :, : mask_ML.shape[1]] for x in (keys_RGLd, values_RGLd))
+            parts.append(self._attend_chunk(query_1HSd[:, :, start:end], keys_1GLd, values_1GLd, mask_ML, scale))
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _attend_chunk(
+        self, query_1HCd: Tensor, keys_1GLd: Tensor, values_1GLd: Tensor, mask_ML: Tensor, scale: float | None
+    ) -> Tensor:
+        """A chunk of several tokens of one row; heads that share keys are laid out as tokens here, too."""
+        heads, length, size = query_1HCd.shape[1:]
+        groups = keys_1GLd.shape[1]
+        out_1GMd = F.scaled_dot_product_attention(
+            query_1HCd.reshape(1, groups, -1, size), keys_1GLd, values_1GLd, attn_mask=mask_ML, scale=scale
+        )
+        return out_1GMd.reshape(1, heads, length, size)
+
+    def _masks(self, times: int) -> list[Tensor]:
+        """Of the chunks, each so many times below itself; the same for all layers."""
+        self._masks_ML = self._masks_ML or [mask_CL.repeat(times, 1) for mask_CL in self._masks_CL]
+        return self._masks_ML
 
     def _attend_singles(self, query_HRd: Tensor, keys_RGLd: Tensor, values_RGLd: Tensor, scale: float | None) -> Tensor:
         """Rows of one token each, together; the heads that share keys are laid out as tokens, so that no key is copied.
