@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from cosup.config import ModelSection
 from cosup.data import Passage, read_passages, read_questions
 from cosup.data.worldfacts import worldfacts
 from cosup.engine import Options, Session, Token
+from cosup.engine.reader import Gen
 from cosup.engine.row import Row
 from cosup.index import FaissIndex, Index, build_index
 from cosup.model import CoSupModel, Dtype, compute_dtype
@@ -294,8 +296,11 @@ def plain_side(
     return Answers(seconds, written)
 
 
+prepared = cache(Gen.of)  # once for a model, as an engine does it when it is made
+
+
 def our_side(model: CoSupModel, index: Index, prompts: list[list[int]], plans: Sequence[Plan], options: Options) -> Run:
-    session = PlannedSession(model, index, options)
+    session = PlannedSession(model, index, options, gen=prepared(model))
     session.plans = plans
     written: list[list[int]] = [[] for _ in prompts]
     first: dict[int, float] = {}

@@ -26,21 +26,6 @@ def test_packed_layers_give_what_the_layers_give(dtype: torch.dtype, bias: tuple
         torch.testing.assert_close(out, layer(x), rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
-@needs_mkldnn
-@torch.no_grad()
-def test_weights_are_packed_once_and_again_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = []
-    concatenate = torch.cat
-    monkeypatch.setattr(module.torch, "cat", lambda *a: counts.append(1) or concatenate(*a))
-    layers, x = linears(torch.float32, bias=(False, False)), torch.randn(2, 48)
-    products(*layers, pack=True)
-    products(*layers, pack=True)
-    assert len(counts) == 1
-    layers[1].weight.mul_(2)
-    torch.testing.assert_close(products(*layers, pack=True)(x)[1], layers[1](x))
-    assert len(counts) == 2
-
-
 @torch.no_grad()
 def test_what_is_no_plain_linear_layer_is_called_as_it_is() -> None:
     class Adapted(nn.Linear):

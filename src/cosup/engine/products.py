@@ -7,7 +7,6 @@ that hardly shows; for the one to thirty of a step that writes, putting it in bl
 """
 
 from collections.abc import Callable, Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,6 @@ MOST_PACKED = 2**31
 
 _ROWS = 16  # that a layout is chosen for; it serves 1 to 512 as well
 _TYPES = (torch.float32, torch.bfloat16)
-
-_Stamp = tuple[tuple[int, int], ...]
-_packed: WeakKeyDictionary[nn.Module, tuple[_Stamp, Tensor, Tensor | None]] = WeakKeyDictionary()
 
 
 def packs(model: nn.Module) -> bool:
@@ -38,30 +34,16 @@ def products(*modules: nn.Module, pack: bool) -> Products:
 
     Args:
         modules: linear layers, or what stands in their place, such as adapters.
-        pack: see `packs`; weights that change afterwards change nothing. Packing the same again costs nothing.
+        pack: see `packs`; weights that change afterwards change nothing.
     """
     if not pack or any(type(module) is not nn.Linear for module in modules):
         return lambda x_SI: [module(x_SI) for module in modules]
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    weight, bias = _pack(linears)
+    weight_OI = torch.cat([linear.weight for linear in linears]).detach()
+    weight, bias = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _ROWS), _bias(linears)
     sizes = [linear.out_features for linear in linears]
     multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda x_SI: multiply(x_SI, weight, bias, "none", [], "").split(sizes, -1)
-
-
-def _pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    stamp = tuple(_stamp(linear.weight) for linear in linears)
-    known = _packed.get(linears[0])
-    if known is None or known[0] != stamp:
-        weight_OI = torch.cat([linear.weight.detach() for linear in linears])
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _ROWS)
-        known = _packed[linears[0]] = stamp, packed, _bias(linears)
-    return known[1:]
-
-
-def _stamp(weight: Tensor) -> tuple[int, int]:
-    """What changes when a weight is trained or loaded again."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _bias(linears: Sequence[nn.Linear]) -> Tensor | None:

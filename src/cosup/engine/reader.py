@@ -10,14 +10,14 @@ beside one that reads a passage.
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosup.engine.decoder import decoder_of
-from cosup.engine.products import packs, products
+from cosup.engine.decoder import Decoder, decoder_of
+from cosup.engine.products import Products, packs, products
 from cosup.model import CoSupModel, body_of
 
 
@@ -37,21 +37,42 @@ class Chunk(NamedTuple):
     wanted: int = 1
 
 
+class Gen(NamedTuple):
+    """Gen as readers run it; made once for many of them, since its weights may be laid out anew for it.
+
+    Args:
+        decoder: its layers.
+        head: gives the next-token logits [R, V] of states [R, D].
+        dtype: that it computes in.
+        layers: how many.
+        device: where.
+    """
+
+    decoder: Decoder
+    head: Products
+    dtype: torch.dtype
+    layers: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: CoSupModel) -> Self:
+        """A model's Gen, in evaluation mode, with the weights that it has now."""
+        body = body_of(model.gen)
+        pack = packs(body)
+        head = products(model.gen.get_output_embeddings(), pack=pack)
+        return cls(decoder_of(body, pack=pack), head, body.dtype, model.gen.config.num_hidden_layers, model.device)
+
+
 class Reader:
     """Gen with a cache of several rows.
 
     Args:
-        model: in evaluation mode.
+        gen: reads.
         rows: how many.
     """
 
-    def __init__(self, model: CoSupModel, rows: int):
-        body = body_of(model.gen)
-        pack = packs(body)
-        self._decoder, self._dtype = decoder_of(body, pack=pack), body.dtype
-        self._head = products(model.gen.get_output_embeddings(), pack=pack)
-        self._device = model.device
-        self._cache = _Cache(rows, model.gen.config.num_hidden_layers)
+    def __init__(self, gen: Gen, rows: int):
+        self._gen, self._cache = gen, _Cache(rows, gen.layers)
 
     def read(self, chunks: Sequence[Chunk]) -> Tensor:
         """Last hidden states [W, D] of the wanted tokens, chunk by chunk; what a row held behind them is overwritten.
@@ -61,14 +82,14 @@ class Reader:
         """
         # rows that read one token attend together, so they stand together
         order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].ids) > 1, chunks[i].slot))
-        step = self._cache.step = _Step([chunks[i] for i in order], self._device, self._dtype)
+        step = self._cache.step = _Step([chunks[i] for i in order], self._gen.device, self._gen.dtype)
         ends = dict(zip(order, itertools.accumulate(step.lengths), strict=True))
         places = [place for i, chunk in enumerate(chunks) for place in range(ends[i] - chunk.wanted, ends[i])]
-        return self._decoder(step.ids_S, step.columns_S, self._cache, torch.tensor(places, device=self._device))
+        return self._gen.decoder(step.ids_S, step.columns_S, self._cache, torch.tensor(places, device=self._gen.device))
 
     def logits(self, states_RD: Tensor) -> Tensor:
         """Next-token logits [R, V]."""
-        (logits_RV,) = self._head(states_RD)
+        (logits_RV,) = self._gen.head(states_RD)
         return logits_RV
 
     def copy(self, source: int, target: int, length: int) -> None:
