@@ -411,13 +411,17 @@ def test_another_seed_gives_another_response(tiny: CoSupModel, index: FaissIndex
     assert first.text != other.text
 
 
-def test_a_passage_is_shortened_where_the_context_is_nearly_full_and_the_response_ends(
+def test_near_the_end_of_the_context_passages_are_shortened_and_responses_end_whatever_room_is_left(
     tiny: CoSupModel, index: FaissIndex
 ) -> None:
-    prompt = tiny.template.encode("gold " * 600)[:485]
-    (response,) = Engine(tiny, index, Options(retrieve_first=True)).generate([prompt])
-    assert response.reason == "length"
-    assert response.tokens_read <= tiny.context
+    text = tiny.template.encode("gold " * 600)
+    prompts = [text[: tiny.context - room] for room in range(2, 60)]
+    responses = Engine(tiny, index, Options(retrieve_first=True, candidates=1)).generate(prompts)
+    assert {response.reason for response in responses} == {"length"}
+    assert all(response.tokens_read <= tiny.context for response in responses)
+    assert any(response.shortened for response in responses)
+    assert any(response.claims and not response.shortened for response in responses)
+    assert not responses[0].claims
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny: CoSupModel, index: FaissIndex) -> None:
