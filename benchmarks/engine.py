@@ -1,6 +1,6 @@
 """Answering speed against the plain reading of the paper's code: same model, same type, same questions, one run.
 
-    python benchmarks/engine.py [--quick] [--questions FILE --passages FILE] [--model NAME] [--free]
+    python benchmarks/engine.py [--quick] [--dtype TYPE] [--questions FILE --passages FILE] [--model NAME] [--free]
 
 The plain side answers one question at a time, searches a flat index that it builds over the question's 100 candidates,
 and reads everything again after every retrieval and every closed claim (`plain.py`). Ours searches one index of 50,000
@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +41,10 @@ from cosup.config import ModelSection
 from cosup.data import Passage, read_passages, read_questions
 from cosup.data.worldfacts import worldfacts
 from cosup.engine import Options, Session, Token
+from cosup.engine.reader import Gen
 from cosup.engine.row import Row
 from cosup.index import FaissIndex, Index, build_index
-from cosup.model import CoSupModel
+from cosup.model import CoSupModel, Dtype, compute_dtype
 
 WORDS = range(100, 161)
 EMBEDDED, INDEXED, CANDIDATES, ROWS, MAX_LENGTH = 112, 50_000, 100, 16, 1024
@@ -82,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=Path, help="JSONL of questions")
     parser.add_argument("--passages", type=Path, help="JSONL of passages")
     parser.add_argument("--model", default="smollm2-135m", help="what a recipe's model.gen may be, or a run folder")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of both sides")
     parser.add_argument("--free", action="store_true", help="no plan: the model is trained")
     parser.add_argument("--retrievals", type=int, default=3)
     parser.add_argument("--claim-tokens", type=int, default=24)
@@ -92,7 +95,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    model = load(arguments.model)
+    model = load(arguments.model, arguments.dtype)
     passages, questions = data(arguments)
     prompts = [model.template.prompt(question, task=task) for question, task in questions]
     vectors = dict(zip([p.id for p in passages], model.embed_passages(passages), strict=True))
@@ -157,12 +160,12 @@ def tell(what: str, answers: int, seconds: float) -> None:
     print(f"{what:28} {answers:4} answers in {seconds:7.1f} s", flush=True)
 
 
-def load(name: str) -> CoSupModel:
-    """In float32: plain.py computes in it."""
+def load(name: str, dtype: Dtype) -> CoSupModel:
+    """The model of both sides."""
     folder = Path(name)
     if (folder / "cosup.json").is_file() or (folder / "model" / "cosup.json").is_file():
-        return CoSupModel.load(folder, dtype="float32", device="cpu")
-    return CoSupModel.start(ModelSection(gen=name)).eval()
+        return CoSupModel.load(folder, dtype=dtype, device="cpu")
+    return CoSupModel.start(ModelSection(gen=name)).to(compute_dtype(dtype, "cpu")).eval()
 
 
 def data(arguments: argparse.Namespace) -> tuple[list[Passage], list[tuple[str, str]]]:
@@ -293,8 +296,11 @@ def plain_side(
     return Answers(seconds, written)
 
 
+prepared = cache(Gen.of)  # once for a model, as an engine does it when it is made
+
+
 def our_side(model: CoSupModel, index: Index, prompts: list[list[int]], plans: Sequence[Plan], options: Options) -> Run:
-    session = PlannedSession(model, index, options)
+    session = PlannedSession(model, index, options, gen=prepared(model))
     session.plans = plans
     written: list[list[int]] = [[] for _ in prompts]
     first: dict[int, float] = {}
@@ -355,7 +361,7 @@ def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "passages_indexed": INDEXED,
         "passage_words": [WORDS.start, WORDS.stop - 1],
         "rows": ROWS,
-        "dtype": "float32",
+        "dtype": arguments.dtype,
     }
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import AutoModel, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from cosup.engine.decoder import _LlamaDecoder, _TransformersDecoder, decoder_of
+from cosup.engine.products import packs
 from cosup.model.packing import ATTENTION
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -36,12 +37,12 @@ def causal(layer: int, query_1HSd: Tensor, key_1GSd: Tensor, value_1GSd: Tensor,
 def test_layers_called_by_hand_give_the_states_that_transformers_gives(config, lora):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     body = AutoModel.from_config(config, attn_implementation=ATTENTION).double().eval()
-    by_hand = decoder_of(body)
-    assert isinstance(by_hand, _LlamaDecoder) is (getattr(config, "hidden_act", "") == "silu")
     if lora:
         if config.model_type == "gpt2":
             pytest.skip("its layers are transformers' own in any case")
         inject_adapter_in_model(LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"), body)
+    by_hand = decoder_of(body, pack=False)
+    assert isinstance(by_hand, _LlamaDecoder) is (getattr(config, "hidden_act", "") == "silu")
     for parameter in body.parameters():  # norms of all ones would hide a forgotten one
         parameter.add_(torch.randn_like(parameter) * 0.05)
     ids, positions = torch.randint(50, (7,)), torch.arange(3, 10)
@@ -49,3 +50,13 @@ def test_layers_called_by_hand_give_the_states_that_transformers_gives(config, l
         places = torch.tensor(wanted)
         expected = _TransformersDecoder(body)(ids, positions, causal, places)
         torch.testing.assert_close(by_hand(ids, positions, causal, places), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_packed_layers_give_the_same_states_up_to_rounding() -> None:
+    torch.manual_seed(0)
+    body = AutoModel.from_config(Qwen2Config(**SIZES, **HEADS), attn_implementation=ATTENTION).eval()
+    ids, positions, places = torch.randint(50, (7,)), torch.arange(7), torch.tensor([2, 6])
+    expected = _TransformersDecoder(body)(ids, positions, causal, places)
+    packed = decoder_of(body, pack=packs(body))(ids, positions, causal, places)
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from cosup.engine.reader import Chunk, Reader
+from cosup.engine.reader import Chunk, Gen, Reader
 from cosup.model import CoSupModel
 
 
@@ -19,7 +19,7 @@ def test_rows_read_in_pieces_of_any_size_and_order_give_the_states_of_one_pass(t
     rng = random.Random(seed)
     rows = rng.randint(1, 7)
     sequences = [[rng.randrange(300) for _ in range(rng.randint(1, 150))] for _ in range(rows)]
-    reader, read = Reader(tiny, rows), [0] * rows
+    reader, read = Reader(Gen.of(tiny), rows), [0] * rows
     wholes = [whole(tiny, ids) for ids in sequences]
     while any(done < len(ids) for done, ids in zip(read, sequences, strict=True)):
         ready = [row for row in range(rows) if read[row] < len(sequences[row])]
@@ -36,7 +36,7 @@ def test_rows_read_in_pieces_of_any_size_and_order_give_the_states_of_one_pass(t
 
 @torch.no_grad()
 def test_what_was_read_can_be_overwritten_from_any_place(tiny: CoSupModel) -> None:
-    reader = Reader(tiny, 2)
+    reader = Reader(Gen.of(tiny), 2)
     reader.read([Chunk(0, 0, [5, 6, 7, 8, 9]), Chunk(1, 0, [1])])
     (state,) = reader.read([Chunk(0, 2, [20, 21])])
     torch.testing.assert_close(state, whole(tiny, [5, 6, 20, 21])[-1])
@@ -44,7 +44,7 @@ def test_what_was_read_can_be_overwritten_from_any_place(tiny: CoSupModel) -> No
 
 @torch.no_grad()
 def test_a_row_goes_on_from_a_copy_of_another_ones_beginning(tiny: CoSupModel) -> None:
-    reader = Reader(tiny, 8)
+    reader = Reader(Gen.of(tiny), 8)
     reader.read([Chunk(0, 0, [5, 6, 7, 8])])
     reader.copy(0, 6, 3)
     states = reader.read([Chunk(6, 3, [30]), Chunk(0, 4, [9])])

@@ -174,6 +174,15 @@ def test_a_passage_is_shortened_at_a_sentence_where_the_context_is_nearly_full(t
     row.read(len(first))
     write(row, t.encode("79")[0])
     assert response(row).reason == "length"
+    assert response(row).shortened == ("x",)
+
+
+def test_a_passage_that_fits_is_not_told_as_shortened(t: Template) -> None:
+    row = start(t, limit=len(t.prompt("Which?", task="")) + 1 + len(t.inserted(OSLO, max_tokens=99)) + 2)
+    write(row, t.ret)
+    retrieve(row)
+    write(row, t.encode("79")[0])
+    assert (response(row).reason, response(row).shortened) == ("length", ())
 
 
 def test_where_not_even_a_word_of_a_passage_fits_the_response_ends(t: Template) -> None:

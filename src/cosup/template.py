@@ -111,6 +111,7 @@ class Response:
         nothing_found: whether a retrieval was taken back because no passage was good enough or left.
         retrieved: ids of the best passages of each retrieval, best first; one that found nothing included.
         scores: of these passages.
+        shortened: ids of the passages of which only the beginning was put into Gen's context, since all did not fit.
         tokens_read: tokens that Gen's context took in, prompt and passages included, those read again counted again.
         tokens_sampled: tokens that Gen chose itself.
         seconds: from when a row was free for it to its end.
@@ -124,6 +125,7 @@ class Response:
     nothing_found: bool = False
     retrieved: tuple[tuple[str, ...], ...] = ()
     scores: tuple[tuple[float, ...], ...] = ()
+    shortened: tuple[str, ...] = ()
     tokens_read: int = 0
     tokens_sampled: int = 0
     seconds: float = 0.0
@@ -214,6 +216,10 @@ class Template:
             max_tokens: most ids to return, `[Cs]` included; at least 2.
         """
         return [*self._fit(passage, self.encode, max_tokens - 1), self.cs]
+
+    def fits(self, passage: Passage, *, max_tokens: int) -> bool:
+        """Whether `inserted` keeps all of a passage."""
+        return len(self.encode(self.passage_text(passage))) < max_tokens
 
     def embedded(self, passage: Passage, *, max_tokens: int) -> list[int]:
         """What Emb_seq reads: the passage, shortened at a sentence to fit, and the end token.

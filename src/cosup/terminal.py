@@ -183,6 +183,8 @@ def show_answer(events: Iterable[Event], get: Callable[[Sequence[str]], list[Pas
         out.print(harmless(passage.text), markup=False)
     if response.nothing_found:
         err.print("[dim](a retrieval found nothing good enough)[/]")
+    if response.shortened:
+        err.print("[dim](only the beginning was read of a passage that is too long)[/]")
     if response.reason == "error":
         err.print(f"[red]{escape(harmless(response.error))}[/]", soft_wrap=True)
     if response.reason == "length":

@@ -6,6 +6,7 @@ from dataclasses import replace
 from cosup.config import UserError
 from cosup.engine.events import Event, Finished
 from cosup.engine.options import Options
+from cosup.engine.reader import Gen
 from cosup.engine.session import Session
 from cosup.index import Index
 from cosup.model import CoSupModel
@@ -16,7 +17,7 @@ class Engine:
     """Answers prompts with a model and an index.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; an engine made before its weights change may go on with those that it had.
         index: built by this model.
         options: see `Options`.
 
@@ -27,6 +28,7 @@ class Engine:
     def __init__(self, model: CoSupModel, index: Index, options: Options | None = None):
         check_index(model, index)
         self.model, self.index, self.options = model, index, options or Options()
+        self._gen = Gen.of(model)
 
     def generate(
         self,
@@ -68,7 +70,7 @@ class Engine:
         return self._session(self.options.rows)
 
     def _session(self, rows: int) -> Session:
-        return Session(self.model, self.index, replace(self.options, rows=rows))
+        return Session(self.model, self.index, replace(self.options, rows=rows), gen=self._gen)
 
 
 def _submitted(session: Session, prompts: Sequence[str | Sequence[int]], i: int, options: Options | None) -> int:

@@ -1,7 +1,8 @@
 """Reading: chunks of several rows pass through Gen in one go, each at its own place in a shared key-value cache.
 
 Shapes: S tokens of a step, laid end to end in one row; W wanted states; R rows of the cache; L cached tokens; C tokens
-of a chunk; D hidden size; V vocabulary; H heads of queries, G heads of keys and values, N = H / G; d head size.
+of a chunk; D hidden size; V vocabulary; H heads of queries, G heads of keys and values, N = H / G; M = N C; d head
+size.
 
 Nothing is padded. The linear layers see all tokens of a step at once, so that a row that writes a token costs little
 beside one that reads a passage.
@@ -9,13 +10,14 @@ beside one that reads a passage.
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosup.engine.decoder import decoder_of
+from cosup.engine.decoder import Decoder, decoder_of
+from cosup.engine.products import Products, packs, products
 from cosup.model import CoSupModel, body_of
 
 
@@ -35,19 +37,42 @@ class Chunk(NamedTuple):
     wanted: int = 1
 
 
+class Gen(NamedTuple):
+    """Gen as readers run it; made once for many of them, since its weights may be laid out anew for it.
+
+    Args:
+        decoder: its layers.
+        head: gives the next-token logits [R, V] of states [R, D].
+        dtype: that it computes in.
+        layers: how many.
+        device: where.
+    """
+
+    decoder: Decoder
+    head: Products
+    dtype: torch.dtype
+    layers: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: CoSupModel) -> Self:
+        """A model's Gen, in evaluation mode, with the weights that it has now."""
+        body = body_of(model.gen)
+        pack = packs(body)
+        head = products(model.gen.get_output_embeddings(), pack=pack)
+        return cls(decoder_of(body, pack=pack), head, body.dtype, model.gen.config.num_hidden_layers, model.device)
+
+
 class Reader:
     """Gen with a cache of several rows.
 
     Args:
-        model: in evaluation mode.
+        gen: reads.
         rows: how many.
     """
 
-    def __init__(self, model: CoSupModel, rows: int):
-        body = body_of(model.gen)
-        self._decoder, self._dtype, self._head = decoder_of(body), body.dtype, model.gen.get_output_embeddings()
-        self._device = model.device
-        self._cache = _Cache(rows, model.gen.config.num_hidden_layers)
+    def __init__(self, gen: Gen, rows: int):
+        self._gen, self._cache = gen, _Cache(rows, gen.layers)
 
     def read(self, chunks: Sequence[Chunk]) -> Tensor:
         """Last hidden states [W, D] of the wanted tokens, chunk by chunk; what a row held behind them is overwritten.
@@ -57,14 +82,14 @@ class Reader:
         """
         # rows that read one token attend together, so they stand together
         order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].ids) > 1, chunks[i].slot))
-        step = self._cache.step = _Step([chunks[i] for i in order], self._device, self._dtype)
+        step = self._cache.step = _Step([chunks[i] for i in order], self._gen.device, self._gen.dtype)
         ends = dict(zip(order, itertools.accumulate(step.lengths), strict=True))
         places = [place for i, chunk in enumerate(chunks) for place in range(ends[i] - chunk.wanted, ends[i])]
-        return self._decoder(step.ids_S, step.columns_S, self._cache, torch.tensor(places, device=self._device))
+        return self._gen.decoder(step.ids_S, step.columns_S, self._cache, torch.tensor(places, device=self._gen.device))
 
     def logits(self, states_RD: Tensor) -> Tensor:
         """Next-token logits [R, V]."""
-        logits_RV: Tensor = self._head(states_RD)
+        (logits_RV,) = self._gen.head(states_RD)
         return logits_RV
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -82,13 +107,12 @@ class _Step:
         self.rows = max(chunk.slot for chunk in chunks) + 1
         self.ids_S = torch.tensor([i for chunk in chunks for i in chunk.ids], device=device)
         self.columns_S = torch.cat([torch.arange(c.start, c.start + len(c.ids)) for c in chunks]).to(device)
-        self.slots_S = (
-            torch.tensor([chunk.slot for chunk in chunks]).repeat_interleave(torch.tensor(lengths)).to(device)
-        )
+        self.slots_S = torch.tensor([chunk.slot for chunk in chunks for _ in chunk.ids], device=device)
         self.single = sum(length == 1 for length in lengths)
         self._singles_end = max((chunk.start + 1 for chunk in chunks[: self.single]), default=0)
         self._mask_R11L = self._singles_mask(device, dtype) if self.single else None
         self._masks_CL = [_causal(chunk, device, dtype) for chunk in chunks[self.single :]]
+        self._masks_ML: list[Tensor] = []
 
     def attend(self, query_1HSd: Tensor, keys_RGLd: Tensor, values_RGLd: Tensor, scale: float | None) -> Tensor:
         """What each token takes from its own row; [1, H, S, d]."""
@@ -96,16 +120,29 @@ class _Step:
         if self.single:
             parts.append(self._attend_singles(query_1HSd[0, :, : self.single], keys_RGLd, values_RGLd, scale))
         start = self.single
-        for chunk, mask_CL in zip(self.chunks[self.single :], self._masks_CL, strict=True):
+        masks_ML = self._masks(query_1HSd.shape[1] // keys_RGLd.shape[1])
+        for chunk, mask_ML in zip(self.chunks[self.single :], masks_ML, strict=True):
             end = start + len(chunk.ids)
-            keys_1GLd, values_1GLd = (x[chunk.slot, None, :, : mask_CL.shape[1]] for x in (keys_RGLd, values_RGLd))
-            parts.append(
-                F.scaled_dot_product_attention(
-                    query_1HSd[:, :, start:end], keys_1GLd, values_1GLd, attn_mask=mask_CL, scale=scale, enable_gqa=True
-                )
-            )
+            keys_1GLd, values_1GLd = (x[chunk.slot, None, :, : mask_ML.shape[1]] for x in (keys_RGLd, values_RGLd))
+            parts.append(self._attend_chunk(query_1HSd[:, :, start:end], keys_1GLd, values_1GLd, mask_ML, scale))
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _attend_chunk(
+        self, query_1HCd: Tensor, keys_1GLd: Tensor, values_1GLd: Tensor, mask_ML: Tensor, scale: float | None
+    ) -> Tensor:
+        """A chunk of several tokens of one row; heads that share keys are laid out as tokens here, too."""
+        heads, length, size = query_1HCd.shape[1:]
+        groups = keys_1GLd.shape[1]
+        out_1GMd = F.scaled_dot_product_attention(
+            query_1HCd.reshape(1, groups, -1, size), keys_1GLd, values_1GLd, attn_mask=mask_ML, scale=scale
+        )
+        return out_1GMd.reshape(1, heads, length, size)
+
+    def _masks(self, times: int) -> list[Tensor]:
+        """Of the chunks, each so many times below itself; the same for all layers."""
+        self._masks_ML = self._masks_ML or [mask_CL.repeat(times, 1) for mask_CL in self._masks_CL]
+        return self._masks_ML
 
     def _attend_singles(self, query_HRd: Tensor, keys_RGLd: Tensor, values_RGLd: Tensor, scale: float | None) -> Tensor:
         """Rows of one token each, together; the heads that share keys are laid out as tokens, so that no key is copied.

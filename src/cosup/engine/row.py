@@ -47,6 +47,7 @@ class Row:
         self._random = random.Random(options.seed)
         self._hits: list[tuple[Hit, ...]] = []
         self._cited: list[Hit] = []
+        self._shortened: list[str] = []
         self._ret = self._claim = 0  # places in `context` of the last [Ret] and of the token after its [Cs]
         self._nothing_found = self._forced = False
         self._read = self.sampled = 0
@@ -141,6 +142,8 @@ class Row:
             self._finish("length")
             return
         self._cited.append(hit)
+        if not self._template.fits(passage, max_tokens=room):
+            self._shortened.append(hit.id)
         self.events.append(Inserted(hit.id, hit.score))
         for token in self._template.inserted(passage, max_tokens=room):
             self._append(token, inserted=True)
@@ -210,6 +213,7 @@ class Row:
             nothing_found=self._nothing_found,
             retrieved=tuple(tuple(hit.id for hit in hits) for hits in self._hits),
             scores=tuple(tuple(hit.score for hit in hits) for hits in self._hits),
+            shortened=tuple(self._shortened),
             tokens_read=self._read,
             tokens_sampled=self.sampled,
             seconds=time.perf_counter() - self._started,

@@ -17,7 +17,7 @@ from cosup.config import UserError
 from cosup.data import Passage
 from cosup.engine.events import Event
 from cosup.engine.options import Options
-from cosup.engine.reader import Chunk, Reader
+from cosup.engine.reader import Chunk, Gen, Reader
 from cosup.engine.row import ROOM_FOR_CLAIM, Row
 from cosup.engine.sampling import choose
 from cosup.index import Hit, Index
@@ -57,16 +57,17 @@ class Session:
         model: in evaluation mode.
         index: built by this model.
         options: of requests that bring none; its `rows` are the session's.
+        gen: of this model, where it was made before.
 
     Attributes:
         seconds: where the time went so far.
     """
 
-    def __init__(self, model: CoSupModel, index: Index, options: Options):
+    def __init__(self, model: CoSupModel, index: Index, options: Options, *, gen: Gen | None = None):
         self.seconds = Seconds()
         self._model, self._index, self._options = model, index, options
         self._limit = model.context
-        self._reader = Reader(model, options.rows)
+        self._reader = Reader(gen or Gen.of(model), options.rows)
         self._numbers = itertools.count()
         self._waiting: dict[int, tuple[list[int], Options]] = {}
         self._rows: list[Row | None] = [None] * options.rows
