@@ -1,34 +1,30 @@
 """Two gloo processes give the loss and every gradient of one process on the joined batch."""
 
-import copy
 import faulthandler
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from cosup import train
-from cosup.config import Objective, TrainSection
+from cosup.config import Objective, TrainSection, UserError
 from cosup.data import Evidence, Example, Passage, Text
 from cosup.model import Batch, CoSupModel, chunk_count, chunks
 from cosup.model.core import Output
 from cosup.train import backward_in_chunks, objective_loss
-from cosup.train.checkpoints import is_sharded, whole_weights
+from cosup.train.checkpoints import SHARDS, is_sharded, load_trained, save_trained, whole_weights
 from cosup.train.optimizer import adamw
 from cosup.train.parts import save_activations
 
@@ -130,6 +126,8 @@ def every_case(rank: int, folder: Path, model_folder: Path) -> None:
                     save_file({k: v.contiguous() for k, v in result.items()}, folder / f"{way}.{objective}.{case}")
             if is_sharded(model):
                 whole = whole_weights(model)
+                (folder / "sharded").mkdir(exist_ok=True)
+                save_trained(model, folder / "sharded")
                 if rank == 0:
                     save_file({k: v.clone() for k, v in whole.items()}, folder / "whole")
 
@@ -181,25 +179,46 @@ def test_sharded_weights_are_gathered_whole(distributed: Path, tiny: CoSupModel)
     assert all(torch.equal(weight, whole[name]) for name, weight in expected.items())
 
 
+def test_a_sharded_checkpoint_is_spread_over_files_and_put_back_whole(distributed: Path, tiny: CoSupModel) -> None:
+    expected = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    files = sorted((distributed / "sharded" / SHARDS).iterdir())
+    assert len(files) == 2
+    assert all(file.stat().st_size < sum(p.nbytes for p in expected.values()) * 0.6 for file in files)
+    with torch.no_grad():
+        for p in tiny.parameters():
+            p.zero_()
+    load_trained(tiny, distributed / "sharded")
+    assert all(torch.equal(p, expected[name]) for name, p in tiny.named_parameters())
+    tiny.emb.requires_grad_(False)
+    with pytest.raises(UserError, match="weights of another model"):
+        load_trained(tiny, distributed / "sharded")
+
+
 def sharded_masters(rank: int, folder: Path, model_folder: Path) -> None:
     """Optimisers made before the weights are sharded, as transformers and accelerate do it; the second goes on."""
-    gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    saved: Any = None
+    PartialState(cpu=True)  # accelerate's functions log by it
     for name, first, last in (("whole", 0, 4), ("resumed", 2, 4)):
         model, optimizer = wrapped_after_its_optimizer(model_folder)
         if first:
-            set_model_state_dict(model, saved[0], options=spread)
-            set_optimizer_state_dict(model, optimizer, saved[1], options=spread)
+            load_trained(model, folder / "checkpoint")
+            load_fsdp_optimizer(FSDP, ACCELERATOR, optimizer, model, folder / "checkpoint")
         for number in range(first, last):
             give_gradients(model, number)
             optimizer.step()
-            if number == 1:
-                state = get_optimizer_state_dict(model, optimizer, options=gather)
-                saved = copy.deepcopy((whole_weights(model), state))
+            if (name, number) == ("whole", 1):
+                (folder / "checkpoint").mkdir(exist_ok=True)
+                save_trained(model, folder / "checkpoint")
+                save_fsdp_optimizer(FSDP, ACCELERATOR, optimizer, model, folder / "checkpoint")
         weights = {key: weight.clone() for key, weight in whole_weights(model).items()}
         if rank == 0:
             save_file(weights, folder / name)
+
+
+# what accelerate's functions ask of a run that it launched under FSDP2; itself it refuses to on a CPU
+FSDP: Any = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+ACCELERATOR: Any = SimpleNamespace(
+    process_index=0, num_processes=2, is_fsdp2=True, wait_for_everyone=lambda: dist.barrier()
+)
 
 
 def wrapped_after_its_optimizer(model_folder: Path) -> tuple[Any, torch.optim.Optimizer]:
