@@ -5,7 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -252,7 +252,7 @@ def test_what_is_logged_reaches_a_tracker(
     recipe: dict, tmp_path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Tracker(TrainerCallback):
-        logged: dict[str, float] = {}
+        logged: ClassVar[dict[str, float]] = {}
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             self.logged.update(logs)
