@@ -23,7 +23,7 @@ from cosup.config import Objective, TrainSection, UserError
 from cosup.data import Evidence, Example, Passage, Text
 from cosup.model import Batch, CoSupModel, chunk_count, chunks
 from cosup.model.core import Output
-from cosup.train import backward_in_chunks, objective_loss
+from cosup.train import backward_in_chunks, objective_loss, trainer
 from cosup.train.checkpoints import SHARDS, is_sharded, load_trained, save_trained, whole_weights
 from cosup.train.optimizer import adamw
 from cosup.train.parts import save_activations
@@ -121,7 +121,8 @@ def every_case(rank: int, folder: Path, model_folder: Path) -> None:
                 batch = collate(inner, halves[rank], objective)
                 loss = step(model, batch, objective, chunk=1 if "chunks" in way else None)
                 dist.all_reduce(loss)
-                result = {"loss": loss / 2} | gradients(model)
+                moved = [p for p in model.parameters() if p.grad is not None]
+                result = {"loss": loss / 2, "norm": trainer._norm(moved)} | gradients(model)
                 if rank == 0:
                     save_file({k: v.contiguous() for k, v in result.items()}, folder / f"{way}.{objective}.{case}")
             if is_sharded(model):
@@ -164,6 +165,8 @@ def test_two_processes_give_the_loss_and_every_gradient_of_one(
     loss = step(tiny, collate(tiny, first + second, objective), objective, chunk=None)
     expected, actual = gradients(tiny), load_file(distributed / f"{way}.{objective}.{case}")
     assert actual.pop("loss").item() == pytest.approx(loss.item(), rel=1e-9)
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+    assert actual.pop("norm").item() == pytest.approx(norm, rel=1e-9)
     assert set(actual) == set(expected)
     moved = 0
     for name, gradient in expected.items():

@@ -269,6 +269,8 @@ def test_bfloat16_weights_train_with_float32_masters_and_losses(recipe: dict, tm
     run = train_recipe(with_train(recipe, dtype="bfloat16", max_steps=20), tmp_path / "run")
     rows = [row for row in rows_of(run) if "ntp" in row]
     assert rows[-1]["ntp"] < rows[0]["ntp"]
+    norms = torch.tensor([row["grad_norm"] for row in rows], dtype=torch.float64)
+    assert (norms.bfloat16().double() != norms).any()  # not rounded to it, as the gradients are
 
 
 def test_master_weights_keep_steps_that_bfloat16_would_lose_and_survive_saving() -> None:

@@ -21,7 +21,10 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.titlesize": 11,
 }
-_COLOURS = ("#3b6fb6", "#d1662f", "#3f8f5b", "#8a5fb0", "#b0473f", "#6b6b6b")
+_COLOURS = (
+    "#3b6fb6", "#d1662f", "#3f8f5b", "#8a5fb0", "#b0473f", "#6b6b6b", "#c2a02c", "#2a9d9d", "#d070a8", "#5c4a32",
+)  # fmt: skip
+"""As many as the paper has data sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +119,35 @@ def points_of(
 
 def _curves(conditions: Sequence[Condition]) -> Picture:
     title = "Learning curves"
-    runs = [run for condition in conditions for run in condition.runs if run.curves]
-    kept = {str(run.curves): run for run in reversed(runs)}  # one model that was evaluated in several modes
-    runs = [run for run in runs if any(run is other for other in kept.values())]
-    if not runs:
+    drawn = _trainings(conditions)
+    if not drawn:
         return Picture(title, "The models' run folders hold no metrics of their training.", "")
     plot, three = _canvas(10.5, columns=3)
     for axes, key in zip(three, ("ntp", "nsp", "accuracy"), strict=True):
-        for number, run in enumerate(runs):
-            points = [(row["step"], row[key]) for row in run.curves if row.get(key) is not None and "step" in row]
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, label=run.name)
+        for number, (name, trainings) in enumerate(drawn.items()):
+            for seed, rows in enumerate(trainings):
+                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and "step" in row]
+                colour, label = _COLOURS[number % len(_COLOURS)], name if seed == 0 else None
+                axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=1.2, label=label)
         axes.set_xlabel("step")
         axes.set_title({"ntp": "ntp loss", "nsp": "nsp loss", "accuracy": "accuracy among candidates"}[key])
         axes.set_ylim(bottom=0)
-    _legend(three[0], len(runs))
-    return Picture(title, "Of the models' training, by optimisation step.", _svg(plot))
+    _legend(three[0], len(drawn))
+    return Picture(
+        title, "Of the models' training, by optimisation step; seeds of one condition in one colour.", _svg(plot)
+    )
+
+
+def _trainings(conditions: Sequence[Condition]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The metrics of each condition's trainings; a model that was evaluated in several modes counts once."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    seen: set[str] = set()
+    for condition in conditions:
+        for run in condition.runs:
+            if run.curves and str(run.curves) not in seen:
+                seen.add(str(run.curves))
+                found.setdefault(condition.name, []).append(run.curves)
+    return found
 
 
 def _value(condition: Condition, task: str, name: str) -> float | None:

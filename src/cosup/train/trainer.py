@@ -401,8 +401,10 @@ def _share_of_batch(section: TrainSection) -> int:
 
 
 def _norm(parameters: list[Any]) -> Tensor:
-    """The norm of gradients, whole or sharded."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    """The norm of gradients, whole or sharded, in float32 at least: bfloat16 would keep eight bits of it."""
+    accurate = torch.promote_types(parameters[0].grad.dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(p.grad, dtype=accurate) for p in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole
 
