@@ -52,11 +52,16 @@ def pictures(conditions: Sequence[Condition], tasks: Sequence[str]) -> list[Pict
     ]
 
 
+_NO_SHORT_ANSWERS = "No data set of these runs has short answers that could stand in a passage."
+
+
 def _reduction(conditions: Sequence[Condition], tasks: Sequence[str]) -> Picture:
     title = "Reliance on parametric knowledge (Figure 3)"
     shown = [task for task in tasks if any(_value(c, task, "reduction_rate") is not None for c in conditions)]
     if not shown:
-        return Picture(title, "No data set of these runs has short answers that could stand in a passage.", "")
+        asked = any(condition.figure(task, "reduction_rate") for condition in conditions for task in tasks)
+        why = "No run answered a question rightly, so there is nothing to lose." if asked else _NO_SHORT_ANSWERS
+        return Picture(title, why, "")
     plot, axes = _canvas(max(8.4, 1.2 + 0.5 * len(shown) * (len(conditions) + 1)))
     width = 0.8 / len(conditions)
     for number, condition in enumerate(conditions):
@@ -92,20 +97,23 @@ def _against(
     placed = [condition for condition in conditions if x_of(condition) is not None]
     if len({x_of(condition) for condition in placed}) < 2:
         return Picture(title, f"It takes runs that differ in it; these don't ({axis}).", "")
-    plot, both = _canvas(8.4, columns=2)
+    plot, both = _canvas(7.4, columns=2)
     for axes, what in zip(both, ("retrieval", "correctness"), strict=True):
-        for number, task in enumerate(tasks):
-            name = getattr(headline(task, conditions), what)
+        names = {task: getattr(headline(task, conditions), what) for task in tasks}
+        for number, (task, name) in enumerate(names.items()):
             points = points_of(placed, task, name, x_of)
-            label = f"{_title(task)}: {label_of(name)}"
+            label = _title(task) if axes is both[0] else None
             colour = _COLOURS[number % len(_COLOURS)]
             axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, label=label)
         axes.set_xlabel(axis)
         axes.set_title(what)
+        axes.set_ylabel(
+            label_of(names[tasks[0]]) if len(set(names.values())) == 1 else "each data set's headline figure"
+        )
         axes.set_ylim(0, 1)
         if axis == "lambda" and min(x_of(condition) or 0.0 for condition in placed) > 0:
             axes.set_xscale("log")
-        axes.legend(frameon=False, fontsize=7)
+    plot.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return Picture(title, f"Each point is a condition; {len(placed)} are drawn.", _svg(plot))
 
 
