@@ -1,5 +1,6 @@
 """LoRA: what is trained, what is saved, and that the same vectors come back."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -51,7 +52,11 @@ def trained(model: CoSupModel) -> dict[str, Tensor]:
 
 
 def outputs(model: CoSupModel, passages: list[Passage]) -> dict[str, np.ndarray]:
-    """Vectors, queries, and the logits behind each control token."""
+    """Vectors, queries, and the logits behind each control token, of the weights as they are, computed in float64.
+
+    In float32, an adapter beside its base and one merged into it round differently, by more than what is looked for.
+    """
+    model = copy.deepcopy(model).double()
     t = model.template
     ids = torch.tensor([*t.prompt("gold", task="squad"), t.ret, 5, t.cs, 6, t.ce])
     with torch.no_grad():

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_step import two_processes, wrap
 
 from cosup.cli import app
 from cosup.config import Recipe, UserError, parse_recipe
 from cosup.data import Evidence, Example, Passage, write_records
 from cosup.model import CoSupModel
-from cosup.train import export_model, train_recipe
+from cosup.train import export_model, start_model, train_recipe
+from cosup.train.checkpoints import load_trained, save_trained
 
 
 @pytest.fixture
@@ -65,6 +67,23 @@ def test_the_last_checkpoint_becomes_the_same_folder_as_the_finished_model(
     assert weights(tmp_path / "middle") != weights(run / "model")
     assert CoSupModel.load(tmp_path / "last").fingerprint == CoSupModel.load(run).fingerprint
     assert "- ntp: " in (tmp_path / "last" / "README.md").read_text()
+
+
+def spread(rank: int, folder: Path, settings: Recipe, checkpoint: Path) -> None:
+    """Writes the weights of a checkpoint anew, as a run under FSDP2 writes them."""
+    model = start_model(settings)
+    load_trained(model, checkpoint)
+    save_trained(wrap(model, "fsdp", "ntp+nsp"), checkpoint)
+
+
+def test_a_checkpoint_that_is_spread_over_processes_becomes_the_same_folder(recipe: Any, tmp_path: Path) -> None:
+    settings = recipe()
+    run = train_recipe(settings, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    two_processes(spread, tmp_path, settings, checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    export_model(checkpoint, tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(run / "model")
 
 
 def test_adapters_stay_adapters_unless_they_are_merged_and_give_the_same_vectors(

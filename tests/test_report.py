@@ -11,7 +11,7 @@ from cosup.config import UserError
 from cosup.data import Passage, Question, write_records
 from cosup.evaluate import Evaluation, Figure, PassageTexts, Prediction, judge, summarize
 from cosup.report import conditions_of, read_run, write_report
-from cosup.report.pictures import emb_millions, lambda_of, pictures, points_of
+from cosup.report.pictures import _COLOURS, emb_millions, lambda_of, pictures, points_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PASSAGES = [Passage("p0", "Oslo governs Norway.", "Norway"), Passage("p1", "Gold is </script><b>79</b>.", "Gold & <i>")]
@@ -159,6 +159,20 @@ def test_figure_3_says_the_share_of_right_answers_that_no_passage_that_was_read_
     assert figures["reduction_rate"] == Figure(pytest.approx(0.4), 20)
     picture = pictures(conditions_of([read_run(run)]), ["nq"])[0]
     assert ">0.40<" in picture.svg
+    wrong = make_run(tmp_path / "wrong", name="wrong", right=0)
+    assert "nothing to lose" in pictures(conditions_of([read_run(wrong)]), ["nq"])[0].caption
+
+
+def test_the_learning_curves_of_a_condition_have_one_colour_and_one_name(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(n), name="ours", right=5, seed=n) for n in range(2)]
+    runs.append(make_run(tmp_path / "other", name="other", right=5))
+    for number, run in enumerate(runs):
+        rows = [{"step": step, "ntp": number + step, "nsp": 1.0, "accuracy": 0.5} for step in (1, 2)]
+        (run / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = pictures(conditions_of([read_run(run) for run in runs]), ["nq"])[3].svg
+    lines = re.findall(r"clip-path[^>]*stroke: (#\w+)", drawn)
+    assert [lines.count(colour) for colour in _COLOURS[:3]] == [6, 3, 0]
+    assert (drawn.count(">ours<"), drawn.count(">other<")) == (1, 1)
 
 
 def test_the_pictures_are_drawn_where_runs_differ_and_explained_where_not(report: Path, tmp_path: Path) -> None:

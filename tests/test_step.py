@@ -1,32 +1,37 @@
 """Two gloo processes give the loss and every gradient of one process on the joined batch."""
 
-import copy
+import faulthandler
+import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from cosup import train
-from cosup.config import Objective, TrainSection
+from cosup.config import Objective, TrainSection, UserError
 from cosup.data import Evidence, Example, Passage, Text
 from cosup.model import Batch, CoSupModel, chunk_count, chunks
 from cosup.model.core import Output
-from cosup.train import backward_in_chunks, objective_loss
-from cosup.train.checkpoints import is_sharded, whole_weights
+from cosup.train import backward_in_chunks, objective_loss, trainer
+from cosup.train.checkpoints import SHARDS, is_sharded, load_trained, save_trained, whole_weights
 from cosup.train.optimizer import adamw
 from cosup.train.parts import save_activations
+
+DEADLINE = 600
+"""Seconds that two processes have, of which a quiet machine needs 10 to 20: a busy one is not taken for a hang."""
+
+pytestmark = pytest.mark.timeout(DEADLINE + 120)  # the deadline above is told with what the processes were doing
 
 PASSAGES = [Passage(f"p{i}", f"{text} ({i})", "Title") for i, text in enumerate(["Oslo", "krone", "iron, gold"] * 4)]
 
@@ -50,6 +55,7 @@ CASES: dict[str, tuple[list[Example], list[Example]]] = {
         [cites("a", "p0", negatives=("p5", "p6"))],
         [cites("b", "p1", negatives=("p6",)), cites("c", "p2", negatives=("p6", "p7"), also=("p5",))],
     ),
+    "two micro-batches against one": ([cites("a", "p0"), cites("b", "p1")], [cites("c", "p2")]),
 }
 OBJECTIVES: tuple[Objective, ...] = ("ntp+nsp", "nsp")
 WAYS = ("ddp", "ddp in chunks", "fsdp", "fsdp in chunks")
@@ -82,21 +88,28 @@ def step(model: Any, batch: Batch, objective: Objective, *, chunk: int | None) -
     return loss.detach()
 
 
-def two_processes(work: Callable[..., None], folder: Path, *args: Any, seconds: int = 120) -> None:
-    """Runs `work(rank, folder, *args)` in two gloo processes; fails if they do not end in time."""
+def two_processes(work: Callable[..., None], folder: Path, *args: Any) -> None:
+    """Runs `work(rank, folder, *args)` in two gloo processes; fails if they do not end in time, and says where."""
     context = mp.start_processes(_process, (work, folder, args), nprocs=2, join=False, start_method="spawn")
-    if not context.join(timeout=seconds):  # returns as soon as one ends
-        deadline_passed = not context.join(timeout=seconds)
-        for process in context.processes:
-            process.kill()
-        assert not deadline_passed, f"two processes did not end within {seconds} seconds: they wait for each other"
+    deadline = time.monotonic() + DEADLINE
+    while not context.join(timeout=max(0.0, deadline - time.monotonic())):  # returns whenever one of them ends
+        if time.monotonic() >= deadline:
+            for process in context.processes:
+                process.kill()
+            where = "\n".join(file.read_text() for file in sorted(folder.glob("rank*.txt")))
+            pytest.fail(f"two processes did not end within {DEADLINE} seconds; they were at\n{where}")
 
 
 def _process(rank: int, work: Callable[..., None], folder: Path, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    work(rank, folder, *args)
-    dist.destroy_process_group()
+    with (folder / f"rank{rank}.txt").open("w") as where:
+        faulthandler.dump_traceback_later(DEADLINE * 0.95, file=where)
+        torch.set_num_threads(1)
+        # by itself, gloo asks for the address of the host's name, which some machines answer late or not at all
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        work(rank, folder, *args)
+        dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def every_case(rank: int, folder: Path, model_folder: Path) -> None:
@@ -108,11 +121,14 @@ def every_case(rank: int, folder: Path, model_folder: Path) -> None:
                 batch = collate(inner, halves[rank], objective)
                 loss = step(model, batch, objective, chunk=1 if "chunks" in way else None)
                 dist.all_reduce(loss)
-                result = {"loss": loss / 2} | gradients(model)
+                moved = [p for p in model.parameters() if p.grad is not None]
+                result = {"loss": loss / 2, "norm": trainer._norm(moved)} | gradients(model)
                 if rank == 0:
                     save_file({k: v.contiguous() for k, v in result.items()}, folder / f"{way}.{objective}.{case}")
             if is_sharded(model):
                 whole = whole_weights(model)
+                (folder / "sharded").mkdir(exist_ok=True)
+                save_trained(model, folder / "sharded")
                 if rank == 0:
                     save_file({k: v.clone() for k, v in whole.items()}, folder / "whole")
 
@@ -149,6 +165,8 @@ def test_two_processes_give_the_loss_and_every_gradient_of_one(
     loss = step(tiny, collate(tiny, first + second, objective), objective, chunk=None)
     expected, actual = gradients(tiny), load_file(distributed / f"{way}.{objective}.{case}")
     assert actual.pop("loss").item() == pytest.approx(loss.item(), rel=1e-9)
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+    assert actual.pop("norm").item() == pytest.approx(norm, rel=1e-9)
     assert set(actual) == set(expected)
     moved = 0
     for name, gradient in expected.items():
@@ -164,25 +182,46 @@ def test_sharded_weights_are_gathered_whole(distributed: Path, tiny: CoSupModel)
     assert all(torch.equal(weight, whole[name]) for name, weight in expected.items())
 
 
+def test_a_sharded_checkpoint_is_spread_over_files_and_put_back_whole(distributed: Path, tiny: CoSupModel) -> None:
+    expected = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    files = sorted((distributed / "sharded" / SHARDS).iterdir())
+    assert len(files) == 2
+    assert all(file.stat().st_size < sum(p.nbytes for p in expected.values()) * 0.6 for file in files)
+    with torch.no_grad():
+        for p in tiny.parameters():
+            p.zero_()
+    load_trained(tiny, distributed / "sharded")
+    assert all(torch.equal(p, expected[name]) for name, p in tiny.named_parameters())
+    tiny.emb.requires_grad_(False)
+    with pytest.raises(UserError, match="weights of another model"):
+        load_trained(tiny, distributed / "sharded")
+
+
 def sharded_masters(rank: int, folder: Path, model_folder: Path) -> None:
     """Optimisers made before the weights are sharded, as transformers and accelerate do it; the second goes on."""
-    gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    saved: Any = None
+    PartialState(cpu=True)  # accelerate's functions log by it
     for name, first, last in (("whole", 0, 4), ("resumed", 2, 4)):
         model, optimizer = wrapped_after_its_optimizer(model_folder)
         if first:
-            set_model_state_dict(model, saved[0], options=spread)
-            set_optimizer_state_dict(model, optimizer, saved[1], options=spread)
+            load_trained(model, folder / "checkpoint")
+            load_fsdp_optimizer(FSDP, ACCELERATOR, optimizer, model, folder / "checkpoint")
         for number in range(first, last):
             give_gradients(model, number)
             optimizer.step()
-            if number == 1:
-                state = get_optimizer_state_dict(model, optimizer, options=gather)
-                saved = copy.deepcopy((whole_weights(model), state))
+            if (name, number) == ("whole", 1):
+                (folder / "checkpoint").mkdir(exist_ok=True)
+                save_trained(model, folder / "checkpoint")
+                save_fsdp_optimizer(FSDP, ACCELERATOR, optimizer, model, folder / "checkpoint")
         weights = {key: weight.clone() for key, weight in whole_weights(model).items()}
         if rank == 0:
             save_file(weights, folder / name)
+
+
+# what accelerate's functions ask of a run that it launched under FSDP2; itself it refuses to on a CPU
+FSDP: Any = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+ACCELERATOR: Any = SimpleNamespace(
+    process_index=0, num_processes=2, is_fsdp2=True, wait_for_everyone=lambda: dist.barrier()
+)
 
 
 def wrapped_after_its_optimizer(model_folder: Path) -> tuple[Any, torch.optim.Optimizer]:
@@ -230,8 +269,12 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradient(tiny: CoSupM
 
 @pytest.fixture
 def droppy(_tiny_model: Path) -> CoSupModel:
-    """The tiny model in float64, training, with dropout in its attention."""
-    model = CoSupModel.load(_tiny_model, dtype="float64", device="cpu").train()
+    return with_dropout(_tiny_model)
+
+
+def with_dropout(folder: Path) -> CoSupModel:
+    """The model in float64, training, with dropout in its attention."""
+    model = CoSupModel.load(folder, dtype="float64", device="cpu").train()
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.3
@@ -259,10 +302,12 @@ def test_cached_gradients_equal_the_plain_ones_with_dropout_on(
     assert abs(other.item() - loss.item()) > 1e-6  # dropout was on
 
 
-def plain_over_chunks(model: CoSupModel, batch: Batch, objective: Objective, size: int) -> Tensor:
+def plain_over_chunks(
+    model: CoSupModel, batch: Batch, objective: Objective, size: int, *, count: int | None = None
+) -> Tensor:
     """Loss and gradient with the activations of all chunks in memory."""
     model.zero_grad()
-    outputs = [model(part) for part in chunks(batch, size, count=chunk_count(batch, size))]
+    outputs = [model(part) for part in chunks(batch, size, count=count or chunk_count(batch, size))]
     sizes = [len(batch.get("emb_lengths", ())[i * size : (i + 1) * size]) for i in range(len(outputs))]
     joined = Output(
         torch.stack([output.ntp_sum for output in outputs]).sum(),
@@ -273,6 +318,61 @@ def plain_over_chunks(model: CoSupModel, batch: Batch, objective: Objective, siz
     loss, _ = objective_loss(joined, batch, **settings(objective))
     loss.backward()
     return loss.detach()
+
+
+WITH_DROPOUT = ("uneven", "zero on one rank", "the same negative", "two micro-batches against one")
+
+
+def cached_with_dropout(rank: int, folder: Path, model_folder: Path) -> None:
+    """Plain gradients of the two processes, averaged by hand, and cached ones by DDP and FSDP2."""
+    for objective in OBJECTIVES:
+        models = {way: wrap(with_dropout(model_folder), way, objective) for way in ("ddp", "fsdp")}
+        for case in WITH_DROPOUT:
+            plain = with_dropout(model_folder)
+            halves = [collate(plain, half, objective) for half in CASES[case]]
+            results: dict[str, dict[str, Tensor]] = {}
+            torch.manual_seed(5 + rank)
+            count = max(chunk_count(half, 1) for half in halves)
+            loss = plain_over_chunks(plain, halves[rank], objective, 1, count=count)
+            results["plain"] = {"loss": loss} | gradients(plain)
+            for gradient in results["plain"].values():
+                dist.all_reduce(gradient)
+                gradient /= 2
+            for way, model in models.items():
+                for seed in (5, 6):
+                    torch.manual_seed(seed + rank)
+                    loss = step(model, halves[rank], objective, chunk=1)
+                    dist.all_reduce(loss)
+                    results[way if seed == 5 else f"{way}, other numbers"] = {"loss": loss / 2} | gradients(model)
+            if rank == 0:
+                for name, result in results.items():
+                    whole = {key: value.contiguous() for key, value in result.items()}
+                    save_file(whole, folder / f"{objective}.{case}.{name}")
+
+
+@pytest.fixture(scope="module")
+def dropped(_tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dropped")
+    two_processes(cached_with_dropout, folder, _tiny_model)
+    return folder
+
+
+@pytest.mark.parametrize("case", WITH_DROPOUT)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_give_the_same_cached_gradients_as_plain_ones_with_dropout_on(
+    dropped: Path, way: str, objective: Objective, case: str
+) -> None:
+    plain, cached, other = (
+        load_file(dropped / f"{objective}.{case}.{name}") for name in ("plain", way, f"{way}, other numbers")
+    )
+    assert set(cached) == set(plain)
+    assert cached.pop("loss").item() == pytest.approx(plain["loss"].item(), rel=1e-9)
+    for name, gradient in cached.items():
+        error = (gradient - plain[name]).norm() / plain[name].norm().clamp(min=1e-12)
+        assert error <= 1e-5, f"{name}: relative error {error:.1e}"
+    assert any(gradient.norm() > 1e-9 for gradient in cached.values())
+    assert abs(other["loss"].item() - plain["loss"].item()) > 1e-6  # dropout was on
 
 
 def test_chunks_hold_every_label_query_and_passage_once(tiny: CoSupModel) -> None:

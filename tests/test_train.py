@@ -5,13 +5,14 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 from cosup.config import Recipe, TrainSection, UserError, parse_recipe
 from cosup.data import Evidence, Example, Passage, Question, write_records
@@ -173,8 +174,9 @@ def test_a_finished_run_is_left_as_it_is_and_another_recipe_is_refused(recipe: d
         train_recipe(with_train(recipe, max_steps=5), run)
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe: dict, tmp_path: Path) -> None:
-    settings = with_train(recipe, max_steps=8, save_steps=3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe: dict, tmp_path: Path, dtype: str) -> None:
+    settings = with_train(recipe, max_steps=8, save_steps=3, dtype=dtype)
     whole = train_recipe(settings, tmp_path / "whole")
     with pytest.raises(StoppedError):
         train_recipe(settings, tmp_path / "resumed", callbacks=[Interrupt(5)])
@@ -227,10 +229,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(recipe: 
         train_recipe(with_train(recipe, learning_rate=1e30, max_grad_norm=1e30, max_steps=9), tmp_path / "run")
 
 
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
+    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = itertools.count(1)
+
+    def loss(*args: Any, **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, metrics = objective_loss(*args, **options)
+        return loss * (torch.nan if next(steps) == 5 else 1), metrics
+
+    monkeypatch.setattr(trainer, "objective_loss", loss)
+    run = tmp_path / "run"
+    with pytest.raises(
+        UserError, match=rf"became nan at step 5 \(examples .*\); .* is {run}/checkpoints/checkpoint-4:"
+    ):
+        train_recipe(with_train(recipe, save_steps=2, max_steps=9), run)
+    assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])
+def test_what_is_logged_reaches_a_tracker(
+    recipe: dict, tmp_path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tracker(TrainerCallback):
+        logged: ClassVar[dict[str, float]] = {}
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            self.logged.update(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, tracker, Tracker)
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: name)
+    train_recipe(with_train(recipe, report_to=[tracker], max_steps=2), tmp_path / "run")
+    assert {"ntp", "nsp", "accuracy", "candidates", "grad_norm_gen", "grad_norm_emb", "tokens_per_second"} <= set(
+        Tracker.logged
+    )
+
+
 def test_bfloat16_weights_train_with_float32_masters_and_losses(recipe: dict, tmp_path: Path) -> None:
     run = train_recipe(with_train(recipe, dtype="bfloat16", max_steps=20), tmp_path / "run")
     rows = [row for row in rows_of(run) if "ntp" in row]
     assert rows[-1]["ntp"] < rows[0]["ntp"]
+    norms = torch.tensor([row["grad_norm"] for row in rows], dtype=torch.float64)
+    assert (norms.bfloat16().double() != norms).any()  # not rounded to it, as the gradients are
 
 
 def test_master_weights_keep_steps_that_bfloat16_would_lose_and_survive_saving() -> None:
@@ -345,16 +385,23 @@ def test_neighbours_stand_together_every_example_comes_once_and_epochs_differ() 
     assert sum(titles[a] == titles[b] for a, b in itertools.pairwise(alone)) < 25
 
 
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--main_process_port", "29512", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [None, 1])
-def test_two_processes_of_torchrun_train_like_one(recipe: dict, tmp_path: Path, chunk: int | None) -> None:
+@pytest.mark.parametrize(("launcher", "chunk"), [(TORCHRUN, None), (TORCHRUN, 1), (ACCELERATE, None)])
+def test_two_launched_processes_train_like_one(
+    recipe: dict, tmp_path: Path, launcher: list[str], chunk: int | None
+) -> None:
     raw = recipe | {"train": recipe["train"] | {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3}}
     raw["train"] |= {"chunk_size": chunk, "batch_size": 2}
     raw["data"] = raw["data"] | {"only_with_retrieval": True}  # leaves six, which two processes share evenly
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
     train_recipe(parse_recipe(raw), tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
-    command = [*torchrun, "-m", "cosup.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")]
+    trained = ["-m", "cosup.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")]
+    command = [sys.executable, "-m", *launcher, *trained]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = ([row for row in rows_of(tmp_path / run) if "ntp" in row] for run in ("one", "two"))

@@ -21,7 +21,10 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.titlesize": 11,
 }
-_COLOURS = ("#3b6fb6", "#d1662f", "#3f8f5b", "#8a5fb0", "#b0473f", "#6b6b6b")
+_COLOURS = (
+    "#3b6fb6", "#d1662f", "#3f8f5b", "#8a5fb0", "#b0473f", "#6b6b6b", "#c2a02c", "#2a9d9d", "#d070a8", "#5c4a32",
+)  # fmt: skip
+"""As many as the paper has data sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,16 @@ def pictures(conditions: Sequence[Condition], tasks: Sequence[str]) -> list[Pict
     ]
 
 
+_NO_SHORT_ANSWERS = "No data set of these runs has short answers that could stand in a passage."
+
+
 def _reduction(conditions: Sequence[Condition], tasks: Sequence[str]) -> Picture:
     title = "Reliance on parametric knowledge (Figure 3)"
     shown = [task for task in tasks if any(_value(c, task, "reduction_rate") is not None for c in conditions)]
     if not shown:
-        return Picture(title, "No data set of these runs has short answers that could stand in a passage.", "")
+        asked = any(condition.figure(task, "reduction_rate") for condition in conditions for task in tasks)
+        why = "No run answered a question rightly, so there is nothing to lose." if asked else _NO_SHORT_ANSWERS
+        return Picture(title, why, "")
     plot, axes = _canvas(max(8.4, 1.2 + 0.5 * len(shown) * (len(conditions) + 1)))
     width = 0.8 / len(conditions)
     for number, condition in enumerate(conditions):
@@ -89,20 +97,23 @@ def _against(
     placed = [condition for condition in conditions if x_of(condition) is not None]
     if len({x_of(condition) for condition in placed}) < 2:
         return Picture(title, f"It takes runs that differ in it; these don't ({axis}).", "")
-    plot, both = _canvas(8.4, columns=2)
+    plot, both = _canvas(7.4, columns=2)
     for axes, what in zip(both, ("retrieval", "correctness"), strict=True):
-        for number, task in enumerate(tasks):
-            name = getattr(headline(task, conditions), what)
+        names = {task: getattr(headline(task, conditions), what) for task in tasks}
+        for number, (task, name) in enumerate(names.items()):
             points = points_of(placed, task, name, x_of)
-            label = f"{_title(task)}: {label_of(name)}"
+            label = _title(task) if axes is both[0] else None
             colour = _COLOURS[number % len(_COLOURS)]
             axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, label=label)
         axes.set_xlabel(axis)
         axes.set_title(what)
+        axes.set_ylabel(
+            label_of(names[tasks[0]]) if len(set(names.values())) == 1 else "each data set's headline figure"
+        )
         axes.set_ylim(0, 1)
         if axis == "lambda" and min(x_of(condition) or 0.0 for condition in placed) > 0:
             axes.set_xscale("log")
-        axes.legend(frameon=False, fontsize=7)
+    plot.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return Picture(title, f"Each point is a condition; {len(placed)} are drawn.", _svg(plot))
 
 
@@ -116,22 +127,35 @@ def points_of(
 
 def _curves(conditions: Sequence[Condition]) -> Picture:
     title = "Learning curves"
-    runs = [run for condition in conditions for run in condition.runs if run.curves]
-    kept = {str(run.curves): run for run in reversed(runs)}  # one model that was evaluated in several modes
-    runs = [run for run in runs if any(run is other for other in kept.values())]
-    if not runs:
+    drawn = _trainings(conditions)
+    if not drawn:
         return Picture(title, "The models' run folders hold no metrics of their training.", "")
     plot, three = _canvas(10.5, columns=3)
     for axes, key in zip(three, ("ntp", "nsp", "accuracy"), strict=True):
-        for number, run in enumerate(runs):
-            points = [(row["step"], row[key]) for row in run.curves if row.get(key) is not None and "step" in row]
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, label=run.name)
+        for number, (name, trainings) in enumerate(drawn.items()):
+            for seed, rows in enumerate(trainings):
+                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and "step" in row]
+                colour, label = _COLOURS[number % len(_COLOURS)], name if seed == 0 else None
+                axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=1.2, label=label)
         axes.set_xlabel("step")
         axes.set_title({"ntp": "ntp loss", "nsp": "nsp loss", "accuracy": "accuracy among candidates"}[key])
         axes.set_ylim(bottom=0)
-    _legend(three[0], len(runs))
-    return Picture(title, "Of the models' training, by optimisation step.", _svg(plot))
+    _legend(three[0], len(drawn))
+    return Picture(
+        title, "Of the models' training, by optimisation step; seeds of one condition in one colour.", _svg(plot)
+    )
+
+
+def _trainings(conditions: Sequence[Condition]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The metrics of each condition's trainings; a model that was evaluated in several modes counts once."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    seen: set[str] = set()
+    for condition in conditions:
+        for run in condition.runs:
+            if run.curves and str(run.curves) not in seen:
+                seen.add(str(run.curves))
+                found.setdefault(condition.name, []).append(run.curves)
+    return found
 
 
 def _value(condition: Condition, task: str, name: str) -> float | None:

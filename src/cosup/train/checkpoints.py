@@ -4,14 +4,17 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from cosup.config import UserError
@@ -23,21 +26,33 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 """Folder beside the checkpoints in which one is written."""
 
+WEIGHTS = "model.safetensors"
+"""The trained weights of a checkpoint, whole."""
+
+SHARDS = "shards"
+"""Folder of the same, as FSDP2 spreads them."""
+
 _MANIFEST = "checksums.json"
 _KEPT = 2
 
 
-def save_trained(model: CoSupModel, folder: Path, *, whole: Mapping[str, Tensor] | None = None) -> None:
-    """Writes the weights that are trained to `model.safetensors`; the others are those that the recipe starts from.
+def save_trained(model: CoSupModel, folder: Path) -> None:
+    """Writes the weights that are trained; the others are those that the recipe starts from.
+
+    To `model.safetensors`, or, where FSDP2 spreads them over processes, each process's part to `shards/`: every process
+    has to call it then, and none gathers the whole.
 
     Args:
         model: knows which are trained.
         folder: is there.
-        whole: the weights by name, where those of `model` are sharded.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weights = {name: (whole[name] if whole else p).detach().contiguous() for name, p in trained.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {name: p.detach() for name, p in _trained(model).items()}
+    if is_sharded(model):
+        (folder / SHARDS).mkdir(exist_ok=True)
+        save(weights, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
+        return
+    whole = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -52,15 +67,35 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(model: CoSupModel, folder: Path) -> None:
-    """Puts back what `save_trained` wrote. Raises UserError if it is of another model."""
-    weights = load_file(folder / "model.safetensors")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Puts back what `save_trained` wrote, whether it or `model` is sharded, over any number of processes.
+
+    Where `model` is sharded, every process has to call it.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    trained = _trained(model)
     shapes = {name: p.shape for name, p in trained.items()}
-    if shapes != {name: weight.shape for name, weight in weights.items()}:
+    reader = HuggingFaceStorageReader(str(weights_in(folder)))
+    held: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    if shapes != {name: weight.size for name, weight in held.items()}:
         raise UserError(f"{folder} holds the weights of another model; name the recipe that it was trained with")
-    with torch.no_grad():
-        for name, weight in weights.items():
-            trained[name].copy_(weight)
+    weights = {name: p.detach() for name, p in trained.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a process that loads alone is told that it does
+        load(weights, storage_reader=reader, no_dist=not is_sharded(model))  # in their place
+
+
+def weights_in(folder: Path) -> Path:
+    """Where the `safetensors` files of a checkpoint are. Raises UserError if it has none."""
+    for place in (folder / SHARDS, folder):
+        if any(place.glob("*.safetensors")):
+            return place
+    raise UserError(f"{folder} has no {WEIGHTS}, so it is not a whole checkpoint; name another")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def finish_checkpoint(folder: Path, step: int, *, best: Path | None) -> None:

@@ -11,7 +11,7 @@ from cosup.config import UserError, load_recipe
 from cosup.files import atomic_folder
 from cosup.model import CoSupModel, Dtype, compute_dtype, find_model
 from cosup.model.folders import retype
-from cosup.train.checkpoints import load_trained
+from cosup.train.checkpoints import load_trained, weights_in
 from cosup.train.run import model_card, start_model
 
 
@@ -64,9 +64,7 @@ def _export_checkpoint(checkpoint: Path, out: Path, *, merge: bool) -> None:
 
 def _dtype(checkpoint: Path) -> torch.dtype:
     """What the weights of a checkpoint were trained in."""
-    file = checkpoint / "model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{checkpoint} has no model.safetensors, so it is not a whole checkpoint; name another")
+    file = next(weights_in(checkpoint).glob("*.safetensors"))
     with safe_open(file, framework="pt") as weights:
         dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
     return dtype

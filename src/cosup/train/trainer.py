@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer import SCHEDULER_NAME
 
 from cosup.config import TrainSection, UserError
 from cosup.files import atomic_file
@@ -207,18 +209,27 @@ class CoSupTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # the Trainer's own way refuses an embedding and a head that are one matrix
-        assert output_dir is not None
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.accelerator.unwrap_model(self.model), folder, whole=state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the trained weights; under FSDP2 each process its own shard, where the Trainer would gather them."""
+        # the Trainer's own way refuses an embedding and a head that are one matrix, too
+        if self.is_fsdp_enabled or self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_trained(self.accelerator.unwrap_model(self.model), folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # the Trainer's own way writes all weights once more
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint to the side, and renames it when all of it is there."""
@@ -390,8 +401,10 @@ def _share_of_batch(section: TrainSection) -> int:
 
 
 def _norm(parameters: list[Any]) -> Tensor:
-    """The norm of gradients, whole or sharded."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    """The norm of gradients, whole or sharded, in float32 at least: bfloat16 would keep eight bits of it."""
+    accurate = torch.promote_types(parameters[0].grad.dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(p.grad, dtype=accurate) for p in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole
 
