@@ -1,4 +1,5 @@
 import io
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -46,6 +47,15 @@ def test_what_models_and_documents_write_neither_steers_the_terminal_nor_is_mark
     terminal.show_hits([Hit("p1", 1.0)], [Passage("p1", EVIL, EVIL)])
     assert "\x1b" not in shown.getvalue()
     assert shown.getvalue().count("gone [bold]not markup[/] \\") == 6
+
+
+def test_words_of_the_query_are_highlighted_in_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard", width=100)
+    monkeypatch.setattr(terminal, "out", console)
+    terminal.show_hits([Hit("p1", 0.5)], [Passage("p1", "Oslo, of Norway's towns.")], query="of norway, OSLO")
+    text = screen.getvalue().splitlines()[1]
+    assert re.findall("\x1b\\[1;33m(.*?)\x1b", text) == ["Oslo", "Norway"]
 
 
 def test_a_line_of_training_tells_losses_accuracy_speed_and_time_left() -> None:
