@@ -2,8 +2,8 @@
 
     python benchmarks/index.py --model RUN [--part embed|search] [--sizes 10000 100000] [--work FOLDER] [--quick]
 
-Embedding: the same passages (worldfacts, or --passages), weights, pooling, precision (float32) and threads; each side
-in turn, three rounds, the medians compared. The vectors must agree.
+Embedding: the same passages (worldfacts, or --passages), weights, pooling, precision (both of --precisions in turn) and
+threads; each side in turn, three rounds, the medians compared. The vectors must agree.
 
 Searching: the embeddings of those passages, each repeated with Gaussian noise of half its length, and made unit length
 again; the queries are made alike, with other noise. Indexes are built by `build_index` in --work, and kept there, so
@@ -16,13 +16,14 @@ flat over the time of the quickest approximate index with recall@10 of 0.95 or m
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,17 @@ from cosup.data.worldfacts import worldfacts
 from cosup.embedder import ModelEmbedder
 from cosup.index import FaissIndex, build_index
 from cosup.index.ann import recall_of
+from cosup.index.manifest import FileEntry, describe, write_manifest
+from cosup.index.segment import add_structure
+from cosup.index.vectors import encode, write_array
 from cosup.model import CoSupModel
 
 K, NOISE = 10, 0.5
 clock = time.perf_counter  # main may choose another
+AGREES: dict[str, Callable[[float, float], bool]] = {
+    "float32": lambda cosine, difference: difference < 1e-5,
+    "bfloat16": lambda cosine, difference: cosine >= 0.999,
+}
 CONFIGURATIONS = (("flat", "float32"), ("flat", "int8"), ("ivf-pq", "float32"), ("ivf-pq", "int8"), ("hnsw", "float32"))
 
 
@@ -53,12 +61,15 @@ def main() -> None:
     faiss.omp_set_num_threads(arguments.threads)
     passages = list(read_passages(arguments.passages)) if arguments.passages else worldfacts().passages
     figures: dict[str, float] = {}
-    embedder = ModelEmbedder(CoSupModel.load(arguments.model, dtype="float32", device="cpu"))
     if arguments.part != "search":
-        figures |= embedding(embedder, passages[:: max(len(passages) // arguments.count, 1)][: arguments.count])
+        some = passages[:: max(len(passages) // arguments.count, 1)][: arguments.count]
+        for precision in arguments.precisions:
+            figures |= embedding(opened(arguments.model, precision), some, precision)
+        name = "embed_vs_sentence_transformers"
+        figures[name] = min(figures[f"{name}_{precision}"] for precision in arguments.precisions)
     if arguments.part != "embed":
         work = arguments.work or Path(tempfile.mkdtemp())
-        real = real_vectors(embedder, passages, work)
+        real = real_vectors(arguments.model, passages, work)
         for size in arguments.sizes:
             figures |= searching(work, real, passages, size, arguments)
         if arguments.work is None:
@@ -74,6 +85,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--kinds", nargs="+", default=["flat", "ivf-pq", "hnsw"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "int8"])
+    parser.add_argument("--precisions", nargs="+", choices=list(AGREES), default=list(AGREES), help="of embedding")
+    parser.add_argument("--only-build", action="store_true", help="the indexes to search; time them in another run")
     parser.add_argument("--count", type=int, default=512, help="passages to embed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too; with --threads 1")
@@ -88,7 +101,11 @@ def parse() -> argparse.Namespace:
 # Embedding
 
 
-def embedding(embedder: ModelEmbedder, passages: list[Passage]) -> dict[str, float]:
+def opened(model: Path, precision: Any) -> ModelEmbedder:
+    return ModelEmbedder(CoSupModel.load(model, dtype=precision, device="cpu"))
+
+
+def embedding(embedder: ModelEmbedder, passages: list[Passage], precision: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         theirs, texts = sentence_transformer(embedder.model, passages, Path(folder))
         encode = lambda: theirs.encode(texts, batch_size=32, show_progress_bar=False)  # noqa: E731
@@ -100,19 +117,21 @@ def embedding(embedder: ModelEmbedder, passages: list[Passage]) -> dict[str, flo
             other, seconds = timed(encode)
             others.append(seconds)
     tokens = sum(embedder.count_tokens(passages))
-    cosine = float((vectors * other).sum(1).min())
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(other, axis=1)
+    cosine = float(((vectors * other).sum(1) / norms).min())
     difference = float(np.abs(vectors - other).max())
     for name, times in (("cosup", ours), ("sentence-transformers", others)):
         rates = [len(passages) / t for t in times]
-        print(f"{name:22} {statistics.median(rates):7.1f} passages/s (min {min(rates):.1f}, max {max(rates):.1f})")
+        print(f"{name:22} {precision:8} {statistics.median(rates):7.1f} passages/s", end=" ")
+        print(f"(min {min(rates):.1f}, max {max(rates):.1f})")
     print(f"{len(passages)} passages, {tokens / len(passages):.1f} tokens each; largest difference {difference:.1e}")
-    assert difference < 1e-4, "the two sides do not compute the same"
+    assert AGREES[precision](cosine, difference), f"the two sides do not compute the same: {cosine}, {difference}"
     return {
-        "embed_vs_sentence_transformers": statistics.median(others) / statistics.median(ours),
-        "passages_per_second": len(passages) / statistics.median(ours),
+        f"embed_vs_sentence_transformers_{precision}": statistics.median(others) / statistics.median(ours),
+        f"passages_per_second_{precision}": len(passages) / statistics.median(ours),
+        f"least_cosine_{precision}": cosine,
+        f"largest_difference_{precision}": difference,
         "tokens_per_passage": tokens / len(passages),
-        "least_cosine": cosine,
-        "largest_difference": difference,
     }
 
 
@@ -135,7 +154,7 @@ def sentence_transformer(model: CoSupModel, passages: Sequence[Passage], folder:
     theirs = SentenceTransformer(modules=modules, device="cpu")
     limit = model.settings.template.max_passage_tokens
     texts = [tokenizer.decode(template.embedded(passage, max_tokens=limit)) for passage in passages]
-    return theirs.float(), texts
+    return theirs.to(next(body.parameters()).dtype), texts
 
 
 # Searching
@@ -161,63 +180,108 @@ def noisy(vectors: np.ndarray, *, seed: int) -> np.ndarray:
     return (mixed / np.linalg.norm(mixed, axis=1, keepdims=True)).astype(np.float32)
 
 
-def real_vectors(embedder: ModelEmbedder, passages: list[Passage], work: Path) -> np.ndarray:
+def real_vectors(model: Path, passages: list[Passage], work: Path) -> np.ndarray:
     path = work / "real.npy"
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
-        np.save(path, embedder.embed_passages(passages))
+        np.save(path, opened(model, "float32").embed_passages(passages))
     return np.load(path)
 
 
 def searching(
     work: Path, real: np.ndarray, passages: list[Passage], size: int, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    queries = noisy(real[:: max(len(real) // 256, 1)][:256], seed=1 << 40)
-    figures: dict[str, float] = {}
     base = built(work, real, passages, size, "flat", "float32")
-    vectors = np.array(np.load(base.folder / base.manifest.segments[0].files["vectors"].name))
-    direct = faiss.IndexFlatIP(vectors.shape[1])
-    direct.add(vectors)
-    del vectors
-    _, exact = direct.search(queries, K)
-    times = alternating(lambda q: direct.search(q, K), lambda q: base.search(q, K), queries=queries, rounds=3)
-    print(f"\n{size:,} vectors of {real.shape[1]}: FAISS flat {milliseconds(times[0])}, ours {milliseconds(times[1])}")
-    figures[f"flat_ms_{size}"] = 1000 * times[0][0]
-    if size <= 100_000:
-        figures["overhead_vs_faiss"] = times[1][0] / times[0][0] - 1
-        figures["overhead_vs_faiss_batch16"] = times[1][1] / times[0][1] - 1
-    flat, quickest = times[0], float("inf")
-    for kind, dtype in CONFIGURATIONS:
-        if kind not in arguments.kinds or dtype not in arguments.dtypes:
-            continue
-        if size > 100_000 and (dtype == "int8" or kind == "hnsw"):
-            continue  # they would take longer than all else together
+    chosen = [(k, d) for k, d in CONFIGURATIONS if k in arguments.kinds and d in arguments.dtypes]
+    if arguments.only_build:
+        for kind, dtype in chosen:
+            print(cost(built(work, real, passages, size, kind, dtype), kind, dtype))
+        return {}
+    queries = noisy(real[:: max(len(real) // 256, 1)][:256], seed=1 << 40)
+    exact, flat, figures = against_faiss(base, queries, size)
+    quickest = float("inf")
+    for kind, dtype in chosen:
         index = base if (kind, dtype) == ("flat", "float32") else built(work, real, passages, size, kind, dtype)
         index.search(queries[:1], K)  # verifies and maps
         found = np.array([[int(hit.id) for hit in row] for row in index.search(queries, K)])
         recall = recall_of(found, exact)
         (ours,) = alternating(lambda q, index=index: index.search(q, K), queries=queries, rounds=3)
-        print(line(index, kind, dtype, recall, ours, flat))
+        print(
+            f"{cost(index, kind, dtype)}\n  recall@10 {recall:.3f}  {milliseconds(ours)}  {flat / ours[0]:6.1f}x flat"
+        )
         if kind != "flat" and recall >= 0.95:
             quickest = min(quickest, ours[0])
-            figures["ann_speedup_at_recall95"] = flat[0] / quickest
+            figures["ann_speedup_at_recall95"] = figures[f"ann_speedup_at_recall95_{size}"] = flat / quickest
     return figures
 
 
+def against_faiss(base: FaissIndex, queries: np.ndarray, size: int) -> tuple[np.ndarray, float, dict[str, float]]:
+    """The rows that FAISS itself finds exactly, its seconds for a single query, and figures of both."""
+    vectors = np.array(np.load(base.folder / base.manifest.segments[0].files["vectors"].name))
+    direct = faiss.IndexFlatIP(vectors.shape[1])
+    direct.add(vectors)
+    del vectors
+    _, exact = direct.search(queries, K)
+    rounds = 3 if size <= 100_000 else 1
+    times = alternating(lambda q: direct.search(q, K), lambda q: base.search(q, K), queries=queries, rounds=rounds)
+    print(f"\n{size:,} vectors of {base.dim}: FAISS flat {milliseconds(times[0])}, ours {milliseconds(times[1])}")
+    figures = {
+        f"flat_ms_{size}": 1000 * times[0][0],
+        "overhead_vs_faiss": times[1][0] / times[0][0] - 1,
+        "overhead_vs_faiss_batch16": times[1][1] / times[0][1] - 1,
+    }
+    return exact, times[0][0], figures
+
+
 def built(work: Path, real: np.ndarray, passages: list[Passage], size: int, kind: str, dtype: Any) -> FaissIndex:
+    """An index in its folder, built there if it is not."""
     folder = work / f"{size}-{kind}-{dtype}"
     if not (folder / "index.json").exists():
-        started = time.perf_counter()
-        build_index(
-            corpus(passages, size),
-            Noisy(real),
-            folder,
-            kind=kind,
-            dtype=dtype,
-            graph_threads=faiss.omp_get_max_threads(),
-        )
-        (folder.parent / f"{folder.name}.seconds").write_text(str(time.perf_counter() - started))
+        like = {"kind": "flat", "dtype": dtype} if kind != "flat" else {"kind": "flat", "dtype": "float32"}
+        start_from = None if (kind, dtype) == ("flat", "float32") else built(work, real, passages, size, **like)
+        started = time.perf_counter(), time.process_time()
+        if start_from is None:
+            build_index(corpus(passages, size), Noisy(real), folder, kind="flat")
+        elif kind == "flat":
+            recoded(start_from, folder, dtype)
+        else:
+            with_structure(start_from, folder, kind)
+        spent = time.perf_counter() - started[0], time.process_time() - started[1]
+        (work / f"{folder.name}.seconds").write_text(f"{spent[0]} {spent[1]}")
     return FaissIndex(folder)
+
+
+def recoded(flat: FaissIndex, folder: Path, dtype: Any) -> None:
+    """A folder that shares a flat one's passages and lookups, and has its vectors in another type."""
+    (entry,) = flat.manifest.segments
+    shared = {role: file for role, file in entry.files.items() if role != "vectors"}
+    linked(flat.folder, folder, shared.values())
+    vectors = np.load(flat.folder / entry.files["vectors"].name, mmap_mode="r")
+    starts = range(0, len(vectors), 1 << 14)
+    parts = [("vectors", 0), *([("scales", 1)] if dtype == "int8" else [])]
+    for role, place in parts:
+        blocks = (encode(vectors[start : start + (1 << 14)], dtype)[place] for start in starts)
+        write_array(folder / f"{role}-0.npy", blocks, count=len(vectors))
+        shared[role] = describe(folder / f"{role}-0.npy")
+    update = {"segments": [entry.model_copy(update={"files": shared})], "dtype": dtype}
+    write_manifest(folder, flat.manifest.model_copy(update=update))
+
+
+def with_structure(flat: FaissIndex, folder: Path, kind: str) -> None:
+    """A folder that shares a flat one's files, and has a FAISS structure beside them."""
+    linked(flat.folder, folder, flat.manifest.files())
+    (entry,) = flat.manifest.segments
+    threads = faiss.omp_get_max_threads()
+    entry = add_structure(folder, 0, entry, flat.dim, kind=kind, graph_threads=threads)
+    write_manifest(folder, flat.manifest.model_copy(update={"segments": [entry], "kind": kind}))
+
+
+def linked(folder: Path, other: Path, files: Iterable[FileEntry]) -> None:
+    """Files of an index never change, so that two may share them."""
+    other.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if not (other / file.name).exists():
+            os.link(folder / file.name, other / file.name)
 
 
 def corpus(passages: list[Passage], size: int) -> Iterator[Passage]:
@@ -241,14 +305,14 @@ def alternating(*calls: Callable[[Any], Any], queries: np.ndarray, rounds: int) 
     return medians
 
 
-def line(index: FaissIndex, kind: str, dtype: str, recall: float, ours: list[float], flat: list[float]) -> str:
+def cost(index: FaissIndex, kind: str, dtype: str) -> str:
+    """What it took to build (beyond the index whose files it shares), and what it takes to keep."""
     disk = sum(file.bytes for file in index.manifest.files()) / 1e6
-    seconds = float((index.folder.parent / f"{index.folder.name}.seconds").read_text())
+    seconds, cpu = map(float, (index.folder.parent / f"{index.folder.name}.seconds").read_text().split())
     opened, anonymous, resident = in_a_fresh_process(index.folder)
     return (
-        f"{kind:7} {dtype:8} recall@10 {recall:.3f}  {milliseconds(ours)}  {flat[0] / ours[0]:6.1f}x flat  "
-        f"build {seconds:6.1f} s  disk {disk:8.1f} MB  opens in {opened * 1000:.0f} ms, "
-        f"private {anonymous:+.1f} MB, resident after a search {resident:+.1f} MB"
+        f"{kind:7} {dtype:8} build {seconds:6.1f} s ({cpu:.1f} s of CPU)  disk {disk:8.1f} MB  opens in "
+        f"{opened * 1000:.0f} ms, private {anonymous:+.1f} MB, resident after a search {resident:+.1f} MB"
     )
 
 
@@ -293,7 +357,9 @@ def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "count": arguments.count,
         "noise": NOISE,
         "k": K,
-        "dtype": "float32",
+        "precisions": arguments.precisions,
+        "kinds": arguments.kinds,
+        "dtypes": arguments.dtypes,
         "quick": arguments.quick,
         "clock": "cpu" if arguments.cpu_time else "wall",
     }

@@ -57,7 +57,7 @@ def main() -> None:
         model, index = arguments.model, arguments.index
         if model is None:
             model, index = make(Path(folder), quick=arguments.quick)
-        engine = Engine(CoSupModel.load(model), open_index(str(index)), Options(rows=ROWS))
+        engine = Engine(CoSupModel.load(model, dtype=arguments.dtype), open_index(str(index)), Options(rows=ROWS))
         measure = overhead if arguments.clients is None else load
         figures = asyncio.run(measure(arguments, engine, model, index, questions))
     for name, value in figures.items():
@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--model", type=Path, help="a run folder; needs --index")
     parser.add_argument("--index", type=Path, help="an index that this model built")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of both sides")
     parser.add_argument("--tokens", type=int, default=32, help="most tokens of an answer")
     parser.add_argument("--turns", type=int, default=6, help="how often each side answers 16 questions, after one more")
     parser.add_argument("--clients", type=int, help="how many ask at once: measures what the server bears")
@@ -108,12 +109,14 @@ def tiny(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def server(model: Path, index: Path, queue: int) -> AsyncIterator[tuple[httpx.AsyncClient, psutil.Process]]:
+async def server(
+    model: Path, index: Path, queue: int, dtype: str
+) -> AsyncIterator[tuple[httpx.AsyncClient, psutil.Process]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "cosup.cli", "serve", "--model", str(model), "--index", str(index)]
-    command += ["--port", str(port), "--rows", str(ROWS), "--queue", str(queue)]
+    command += ["--port", str(port), "--rows", str(ROWS), "--queue", str(queue), "--dtype", dtype]
     limits = httpx.Limits(max_connections=None)
     log = tempfile.TemporaryFile()  # noqa: SIM115 - read where the server does not start
     process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -149,7 +152,7 @@ async def overhead(
     """Turn by turn, so that a machine that slows down does so for both sides."""
     options = Options(max_new_tokens=arguments.tokens, retrieve_first=True)
     spent, cpu, written = ({"engine": 0.0, "server": 0.0} for _ in range(3))
-    async with server(model, index, 64) as (http, process):
+    async with server(model, index, 64, arguments.dtype) as (http, process):
         processes = {"engine": psutil.Process(), "server": process}
 
         async def client(left: list[str]) -> int:
@@ -218,7 +221,7 @@ async def load(
     told: Counter[str] = Counter()
     seen: dict[str, Counter[Seen]] = {question: Counter() for question in questions}
     sizes: list[float] = []
-    async with server(model, index, arguments.queue) as (http, process):
+    async with server(model, index, arguments.queue, arguments.dtype) as (http, process):
         end = time.perf_counter() + arguments.seconds
 
         async def client(number: int) -> None:

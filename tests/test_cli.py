@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -250,7 +251,9 @@ def test_an_index_is_planned_checked_searched_updated_and_emptied(
     index, corpus = tmp_path / "planned", files / "passages.jsonl"
     model = ("--model", tiny_folder)
     planned = run("index", "build", *model, "--passages", corpus, "--out", index, "--dry-run").stdout
-    assert "12 passages, about" in planned
+    assert re.search(r"12 passages, about [\d,]+ tokens; kind flat", planned)
+    assert re.search(r"about [\d.]+ minutes of one worker", planned)
+    assert re.search(r"disk while it is built: about [\d.]+ MB; free: ", planned)
     assert not index.exists()
     run("index", "build", *model, "--passages", corpus, "--out", index, "--dtype", "float16")
     info = run("index", "info", "--index", index).stdout

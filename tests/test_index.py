@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cosup.config import UserError
 from cosup.data import Passage
-from cosup.index import BM25, FaissIndex, Hit, build_index
+from cosup.index import BM25, FaissIndex, Hit, ann, build_index
 from cosup.index import build as building
 from cosup.index import folder as changing
 from cosup.index import shards as sharding
@@ -558,6 +558,30 @@ def test_an_approximate_index_finds_most_of_the_nearest_with_exact_scores(tmp_pa
     for query, row in zip(queries, found, strict=True):
         assert [hit.score for hit in row] == sorted((hit.score for hit in row), reverse=True)
         np.testing.assert_allclose([h.score for h in row], [vectors[int(h.id[1:])] @ query for h in row], rtol=1e-5)
+
+
+class CrowdedEmbedder:
+    """Vectors in three crowds, within which all are about equally near to each other."""
+
+    fingerprint, dim = "crowded", 64
+
+    def embed_passages(self, passages):
+        rows = [int(passage.id) for passage in passages]
+        noise = np.stack([np.random.default_rng(row).standard_normal(self.dim) for row in rows]) / 16
+        return (np.eye(3, self.dim)[np.array(rows) % 3] + noise).astype(np.float32)
+
+
+def test_among_vectors_equally_near_more_candidates_are_scored_again(tmp_path, caplog, monkeypatch):
+    corpus = [Passage(str(i), f"text {i}") for i in range(3000)]
+    index = build_index(corpus, CrowdedEmbedder(), tmp_path / "index", kind="IVF4,PQ8x4")
+    (entry,) = index.manifest.segments
+    assert entry.candidates > 160
+    assert entry.recall >= 0.95
+    assert "of the ten nearest" not in caplog.text
+    monkeypatch.setattr(ann, "_CANDIDATES", (160,))
+    index = build_index(corpus, CrowdedEmbedder(), tmp_path / "index", kind="IVF4,PQ8x4")
+    assert index.manifest.segments[0].recall < 0.95
+    assert "kind IVF4,PQ8x4 finds" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf-pq", "SQ8"])

@@ -15,7 +15,7 @@ class WordEmbedder:
     fingerprint = "words"
     dim = 4
     max_tokens = 8
-    layout = {"passage template": "{title} {text}"}  # noqa: RUF012
+    layout = {"passage template": "{title} {text}", "similarity": "cosine"}  # noqa: RUF012
 
     def count_tokens(self, passages: Sequence[Passage]) -> list[int]:
         return [len(p.title.split()) + len(p.text.split()) for p in passages]

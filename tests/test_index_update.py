@@ -81,6 +81,10 @@ def test_an_update_remembers_duplicates(index):
             {"fingerprint": "other", "layout": {"passage template": "{text}"}},
             "its passage template is '{title} {text}', this one's '{text}'",
         ),
+        (
+            {"fingerprint": "other", "layout": {"passage template": "{title} {text}", "similarity": "dot"}},
+            "its similarity is 'cosine', this one's 'dot'",
+        ),
     ],
 )
 def test_another_embedder_is_refused_with_what_differs(tmp_path, change, message):

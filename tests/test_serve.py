@@ -148,6 +148,19 @@ def test_stream_joins_to_the_whole_answer_and_ends_with_usage(address: str) -> N
     ]
 
 
+def test_stop_and_seed_are_heeded_streaming_and_whole(address: str) -> None:
+    with client(address) as asking:
+        whole = ask(asking).choices[0].message.content
+        word = whole[len(whole) // 2 :][:2]
+        cut = ask(asking, stop=[word]).choices[0]
+        chunks = [c.choices[0] for c in ask(asking, stop=word, stream=True)]
+        sampled = [ask(asking, temperature=1.5, top_p=0.99, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    assert cut.message.content == whole[: whole.index(word)]
+    assert cut.finish_reason == chunks[-1].finish_reason == "stop"
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == cut.message.content
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
 def test_retrievals_are_told_only_to_those_who_ask(address: str) -> None:
     told = {"cosup": {"retrieve_first": True, "events": True}}
     with client(address) as asking:

@@ -1,5 +1,6 @@
 """The page, in a headless browser."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,10 +57,49 @@ def test_an_answer_streams_and_its_citation_opens_the_passage_as_text(page: Any)
     assert page.title() == "cosup"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.keyboard.press("Escape")
-    page.wait_for_selector("#status:has-text('Answered with 1 citation.')")
+    page.wait_for_selector("#status:has-text('Answered with 1 citation')")
     assert page.text_content(".ret") == "searched"
     assert page.text_content("#candidates h3") == "Search 1"
     assert page.text_content("#history li") == "Which city?"
+
+
+def test_the_answer_grows_while_it_is_written(page: Any) -> None:
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            const note = () => window.seen.push([document.getElementById("answer").textContent.length,
+                                                 document.getElementById("status").textContent]);
+            new MutationObserver(note).observe(document.getElementById("answer"), {childList: true});
+        }"""
+    )
+    page.click("summary")
+    page.fill("#max_tokens", "8")
+    page.fill("#question", "Which city?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status:has-text('Answered')")
+    seen = page.evaluate("window.seen")
+    assert {status for _, status in seen} == {"Answering…"}
+    lengths = [length for length, _ in seen]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 2
+
+
+def test_words_of_the_claim_are_marked_but_not_those_that_say_nothing(page: Any) -> None:
+    page.evaluate("open('evil', 'The broken img of 2')")
+    page.wait_for_selector("#passage[open]")
+    assert page.locator("#text mark").all_text_contents() == ["broken", "img", "broken"]
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#passage")
+
+
+def test_a_dark_screen_is_dark_and_its_text_light(page: Any) -> None:
+    colours = "['background-color', 'color'].map((name) => getComputedStyle(document.body).getPropertyValue(name))"
+    brightness: dict[str, list[int]] = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        brightness[scheme] = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in page.evaluate(colours)]
+    assert brightness["light"][0] > 3 * 200 > 3 * 60 > brightness["light"][1]
+    assert brightness["dark"][1] > 3 * 200 > 3 * 60 > brightness["dark"][0]
 
 
 def test_an_error_is_told(page: Any) -> None:

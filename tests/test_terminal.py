@@ -51,6 +51,15 @@ def test_what_models_and_documents_write_neither_steers_the_terminal_nor_is_mark
     assert shown.getvalue().count("gone [bold]not markup[/] \\") == 6
 
 
+def test_words_of_the_query_are_highlighted_in_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard", width=100)
+    monkeypatch.setattr(terminal, "out", console)
+    terminal.show_hits([Hit("p1", 0.5)], [Passage("p1", "Oslo, of Norway's towns.")], query="of norway, OSLO")
+    text = screen.getvalue().splitlines()[1]
+    assert re.findall("\x1b\\[1;33m(.*?)\x1b", text) == ["Oslo", "Norway"]
+
+
 LOGS = {
     "ntp": 1.5,
     "nsp": 0.25,

@@ -235,7 +235,8 @@ def show_index(index: Index) -> None:
         f"kind {manifest.kind}, vectors as {manifest.dtype}, {size / 1e6:,.1f} MB in {len(manifest.files())} files"
     )
     for entry in manifest.segments:
-        recall = f", effort {entry.effort}: recall@10 {entry.recall:.3f} of its own vectors" if entry.effort else ""
+        effort = f", effort {entry.effort}, {entry.candidates} scored again"
+        recall = f"{effort}: recall@10 {entry.recall:.3f} of its own vectors" if entry.effort else ""
         out.print(f"  segment of {entry.count:,}{recall}")
     out.print("history:")
     for line in index.history():

@@ -1,7 +1,7 @@
 """A server and its keys."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,10 @@ def serve(
     rows: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them.")] = 64,
     request_seconds: Annotated[float, typer.Option(help="Longest time for a request.")] = 300.0,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="To compute in; in float32 an answer does not depend on what is answered beside it."),
+    ] = "auto",
     origin: Annotated[list[str] | None, typer.Option(help="A site whose pages may ask (CORS).")] = None,
 ) -> None:
     """Serve an OpenAI-compatible API that streams cited answers, and a page to ask it."""
@@ -41,7 +45,7 @@ def serve(
     from cosup.model import CoSupModel
 
     limits = Limits(queue=queue, request_seconds=request_seconds)
-    engine = Engine(CoSupModel.load(model), open_index(index), Options(rows=rows))
+    engine = Engine(CoSupModel.load(model, dtype=dtype), open_index(index), Options(rows=rows))
     print(f"serving {name} at http://{host}:{port}", flush=True)
     run_server(engine, host=host, port=port, name=name, keys_file=keys, limits=limits, origins=tuple(origin or ()))
 

@@ -53,12 +53,14 @@ class SegmentEntry(_Strict):
         count: how many.
         files: by their roles; see `cosup.index.segment`.
         effort: how hard its FAISS structure looks: lists probed, or nodes kept in view; 0 without one.
-        recall: recall@10 that was measured with this effort on a sample of its own vectors.
+        candidates: how many of those that the structure proposes are scored again at least.
+        recall: recall@10 that was measured with these on a sample of its own vectors.
     """
 
     count: int
     files: dict[str, FileEntry]
     effort: int = 0
+    candidates: int = 160
     recall: float = 1.0
 
 

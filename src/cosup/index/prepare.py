@@ -33,8 +33,9 @@ class Prepared:
     split: int = 0
 
     def __iter__(self) -> Iterator[Passage]:
+        measuring = self.embedder if isinstance(self.embedder, MeasuringEmbedder) else None  # costly to ask each time
         for passage in self._distinct():
-            pieces = self._pieces(passage)
+            pieces = _pieces(passage, measuring) if measuring else [passage]
             self.split += len(pieces) > 1
             yield from pieces
         if self.split:
@@ -56,16 +57,16 @@ class Prepared:
             else:
                 self.aliases[passage.id] = standing
 
-    def _pieces(self, passage: Passage) -> list[Passage]:
-        """The passage, or parts that fit, of which the first keeps its id so that what cites it still finds it."""
-        if not isinstance(self.embedder, MeasuringEmbedder) or _fits(passage, self.embedder):
-            return [passage]
-        texts = split(passage, self.embedder)
-        meta = {**passage.meta, "parent": passage.id}
-        return [
-            replace(passage, id=f"{passage.id}#{number}" if number > 1 else passage.id, text=text, meta=meta)
-            for number, text in enumerate(texts, start=1)
-        ]
+
+def _pieces(passage: Passage, embedder: MeasuringEmbedder) -> list[Passage]:
+    """The passage, or parts that fit, of which the first keeps its id so that what cites it still finds it."""
+    if _fits(passage, embedder):
+        return [passage]
+    meta = {**passage.meta, "parent": passage.id}
+    return [
+        replace(passage, id=f"{passage.id}#{number}" if number > 1 else passage.id, text=text, meta=meta)
+        for number, text in enumerate(split(passage, embedder), start=1)
+    ]
 
 
 def normalised(passage: Passage) -> str:

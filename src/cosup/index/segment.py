@@ -4,6 +4,7 @@
 search is approximate. The names end in the generation that wrote them.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from cosup.index.mapped import MappedFile
 from cosup.index.passages import PassageFile, write_passages
 from cosup.index.protocol import Rows, Vectors
 from cosup.index.vectors import Stored, VectorFile, write_array
+
+log = logging.getLogger(__name__)
 
 _SUFFIXES = {
     "vectors": ".npy",
@@ -41,7 +44,7 @@ class Segment:
 
     def __init__(self, folder: Path, entry: SegmentEntry, dim: int):
         files = {role: MappedFile(folder, file) for role, file in entry.files.items()}
-        self.count, self._effort = entry.count, entry.effort
+        self.count, self._entry = entry.count, entry
         self.vectors = VectorFile(files["vectors"], files.get("scales"), shape=(entry.count, dim))
         self.passages = PassageFile(files["passages"], files["places"], entry.count)
         self._ids, self._meta = Lookup(files["ids"]), Lookup(files["meta"])
@@ -66,7 +69,7 @@ class Segment:
         """
         available = self.count if rows_P is None else len(rows_P)
         if self._ann is not None and available > max(self.count // 50, 1000):
-            result = self._ann.nearest(queries_QD, k, self._effort, rows_P)
+            result = self._ann.nearest(queries_QD, k, self._entry.effort, self._entry.candidates, rows_P)
             if result is not None and result[1].shape[1] >= min(k, available) and (result[1] >= 0).all():
                 return result
         return self.vectors.nearest(queries_QD, k, rows_P)
@@ -104,11 +107,14 @@ def write_segment(
 def add_structure(
     folder: Path, generation: int, entry: SegmentEntry, dim: int, *, kind: str, graph_threads: int
 ) -> SegmentEntry:
-    """Builds the segment's FAISS structure. Returns the entry with it and the effort that it needs."""
+    """Builds the segment's FAISS structure. Returns the entry with it and with the effort that it needs."""
     path = folder / f"faiss-{generation}{_SUFFIXES['faiss']}"
     segment = Segment(folder, entry, dim)
     ann.build(path, segment.vectors, dim, kind=kind, graph_threads=graph_threads)
     file: FileEntry = describe(path)
-    effort, recall = ann.AnnFile(MappedFile(folder, file), segment.vectors).calibrate()
-    update = {"files": {**entry.files, "faiss": file}, "effort": effort, "recall": round(recall, 4)}
-    return entry.model_copy(update=update)
+    effort, candidates, recall = ann.AnnFile(MappedFile(folder, file), segment.vectors).calibrate()
+    if recall < ann.PROMISED:
+        advice = "`hnsw` may find more, and `flat` finds all"
+        log.warning("kind %s finds %.0f %% of the ten nearest of its own vectors; %s", kind, 100 * recall, advice)
+    update = {"effort": effort, "candidates": candidates, "recall": round(recall, 4)}
+    return entry.model_copy(update={"files": {**entry.files, "faiss": file}, **update})

@@ -2,6 +2,7 @@
 // Whatever comes from models, users and passages is put into the page as text, never as markup.
 const $ = (id) => document.getElementById(id);
 const KEPT = "cosup-history";
+const COMMON = new Set("and are but for from had has have her his its not that the their this was were which who with".split(" "));
 let running = null;
 
 function element(tag, text, className) {
@@ -73,7 +74,8 @@ async function open(id, claim) {
     const response = await checked(await fetch(`/v1/passages/${encodeURIComponent(id)}`, { headers: headers() }));
     const passage = await response.json();
     $("title").textContent = passage.title || passage.id;
-    const words = new Set((claim.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []).filter((word) => word.length > 2 || /\p{N}/u.test(word)));
+    const telling = (word) => (word.length > 2 && !COMMON.has(word)) || /\p{N}/u.test(word);
+    const words = new Set((claim.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []).filter(telling));
     const pieces = passage.text.split(/([\p{L}\p{N}]+)/u);
     $("text").replaceChildren(...pieces.map((piece) => words.has(piece.toLowerCase()) ? element("mark", piece) : piece));
     $("source").replaceChildren();
@@ -119,6 +121,7 @@ async function ask(question) {
     if (chunk.error) throw new Error(chunk.error.message);
     if (chunk.cosup) answer.retrievals.push(chunk.cosup);
     const delta = chunk.choices[0]?.delta ?? {};
+    answer.reason = chunk.choices[0]?.finish_reason ?? answer.reason;
     answer.text += delta.content ?? "";
     answer.citations.push(...(delta.annotations ?? []).map((note) => note.url_citation));
     draw(answer);
@@ -159,7 +162,8 @@ $("form").addEventListener("submit", async (event) => {
     localStorage.setItem(KEPT, JSON.stringify([answer, ...kept()].slice(0, 50)));
     drawHistory();
     const count = answer.citations.length;
-    $("status").textContent = `Answered with ${count || "no"} ${count === 1 ? "citation" : "citations"}.`;
+    const end = answer.reason === "length" ? "; it was cut at the limit of tokens" : "";
+    $("status").textContent = `Answered with ${count || "no"} ${count === 1 ? "citation" : "citations"}${end}.`;
   } catch (error) {
     $("status").textContent = error.name === "AbortError" ? "Stopped." : "";
     if (error.name !== "AbortError") fail(error.message);
