@@ -50,5 +50,7 @@ def _bias(linears: Sequence[nn.Linear]) -> Tensor | None:
     if all(linear.bias is None for linear in linears):
         return None
     none = [linear.weight.new_zeros(linear.out_features) for linear in linears]
-    biases = [zeros if linear.bias is None else linear.bias for linear, zeros in zip(linears, none, strict=True)]
+    biases: list[Tensor] = [
+        zeros if linear.bias is None else linear.bias for linear, zeros in zip(linears, none, strict=True)
+    ]
     return torch.cat(biases).detach()
