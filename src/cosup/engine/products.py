@@ -39,7 +39,7 @@ def products(*modules: nn.Module, pack: bool) -> Products:
     if not pack or any(type(module) is not nn.Linear for module in modules):
         return lambda x_SI: [module(x_SI) for module in modules]
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    weight_OI = torch.cat([linear.weight for linear in linears]).detach()
+    weight_OI = torch.cat([linear.weight.detach() for linear in linears])
     weight, bias = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _ROWS), _bias(linears)
     sizes = [linear.out_features for linear in linears]
     multiply = torch.ops.mkldnn._linear_pointwise.default
