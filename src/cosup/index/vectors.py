@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,6 +21,7 @@ from cosup.index.protocol import Rows, Vectors
 _BLOCK = 1 << 16  # rows multiplied, and looked through, at a time
 _DECODED = 1 << 9  # of them, rows decoded at a time: what stays in a core's cache
 _QUERIES = 256  # multiplied at a time
+_FEW = 12  # queries: for fewer, the product turned round is up to four times as quick
 _MARGIN = 16  # candidates scored exactly beyond those asked for
 _VERIFIED = 64 << 20  # bytes: reading so many takes less than a tenth of a second; more would delay the opening
 Stored = npt.NDArray[Any]
@@ -128,12 +130,16 @@ class VectorFile:
 def _candidates(queries_QD: Vectors, stored_PD: Stored, scales_P: Vectors | None, k: int) -> tuple[Vectors, Rows]:
     """The k best vectors of each query, in any order, with exact scores, and a few more.
 
-    One product for all queries reads the vectors once, in a third to a sixth of the time of FAISS's loop over queries.
-    How it rounds depends on their number, so it only proposes.
+    One product for all queries reads the vectors once, in a third to a sixth of the time of FAISS's loop over queries;
+    for a single one that loop is quicker. How either rounds depends on the number of queries, so it only proposes.
     """
     wanted = min(k + _MARGIN, len(stored_PD))
-    parts = (_products(queries_QD[i : i + _QUERIES], stored_PD, scales_P) for i in range(0, len(queries_QD), _QUERIES))
-    places_QC: Rows = torch.cat([each.topk(wanted, sorted=False).indices for each in parts]).numpy()
+    if len(queries_QD) == 1 and stored_PD.dtype == np.float32:
+        _, places_QC = faiss.knn(queries_QD, stored_PD, wanted, faiss.METRIC_INNER_PRODUCT)
+    else:
+        starts = range(0, len(queries_QD), _QUERIES)
+        parts = (_products(queries_QD[i : i + _QUERIES], stored_PD, scales_P) for i in starts)
+        places_QC = torch.cat([each.topk(wanted, sorted=False).indices for each in parts]).numpy()
     scores_QC = [
         scores_of(decode(stored_PD[places], None if scales_P is None else scales_P[places]), query)
         for places, query in zip(places_QC, queries_QD, strict=True)
@@ -145,7 +151,7 @@ def _products(queries_QD: Vectors, stored_PD: Stored, scales_P: Vectors | None) 
     """Inner products [Q, P]; what is not stored as float32 is decoded a little at a time."""
     queries, stored = from_dlpack(queries_QD), from_dlpack(stored_PD)
     if stored.dtype == torch.float32:
-        return queries @ stored.T
+        return (stored @ queries.T).T if len(queries) < _FEW else queries @ stored.T
     products = torch.cat([queries @ some.float().T for some in stored.split(_DECODED)], 1)
     return products if scales_P is None else products.mul_(from_dlpack(scales_P))
 
