@@ -149,7 +149,7 @@ def test_data_check_names_file_and_line_of_every_problem(files: Path) -> None:
     done = run("data", "check", bad, expect=2)
     assert f"{bad}:2: the key 'text' is missing" in done.stdout
     assert f"{bad}:3: not UTF-8" in done.stdout
-    assert "error: 2 problems in 1 files" in done.stderr
+    assert "error: 2 problems in 1 file" in done.stderr
 
 
 def test_questions_and_squad_become_examples(files: Path, tmp_path: Path) -> None:
