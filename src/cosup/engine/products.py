@@ -26,7 +26,14 @@ def packs(model: nn.Module) -> bool:
     weights = list(model.parameters())
     fits = sum(weight.nbytes for weight in weights) <= MOST_PACKED
     on_cpu = all(weight.device.type == "cpu" and weight.dtype in _TYPES for weight in weights)
-    return fits and on_cpu and torch.backends.mkldnn.is_available()
+    return fits and on_cpu and _can_pack({weight.dtype for weight in weights})
+
+
+def _can_pack(types: set[torch.dtype]) -> bool:
+    """Whether PyTorch was built with what packs, and the processor multiplies these types."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return torch.bfloat16 not in types or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def products(*modules: nn.Module, pack: bool) -> Products:
