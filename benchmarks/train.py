@@ -3,7 +3,7 @@
     python benchmarks/train.py [--quick] [--questions FILE --passages FILE]
 
 A step is forward, backward, clipping and AdamW over the same 16 examples on either side; one side runs after the other,
-because both at once need more than 24 GB. Real tokens
+each in a process of its own, because both at once need more than 24 GB. Real tokens
 are those of Gen's sequences and of the cited passages, one a citation, so that both sides are credited with the same
 number. Without --questions the built-in worldfacts are used.
 
@@ -12,9 +12,11 @@ Figures: `train_speedup`, ours in the type that this hardware multiplies in agai
 """
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,16 +39,11 @@ BATCH = 16
 
 def main() -> None:
     arguments = parse()
-    examples, corpus = load(arguments)
-    same = compute_dtype("auto", "cpu")
-    steps = len(examples) // BATCH
-    ours = our_side(arguments.model, examples, corpus)
-    tokens = [real_tokens(ours.model, corpus, examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
-    seconds = {"cosup": timed(ours, steps=steps)}
-    del ours
-    seconds["plain float32"] = timed(plain_side(arguments.model, examples, corpus, torch.float32), steps=steps)
-    if same != torch.float32:
-        seconds["plain same dtype"] = timed(plain_side(arguments.model, examples, corpus, same), steps=steps)
+    sides = ["cosup", "plain float32"]
+    if compute_dtype("auto", "cpu") != torch.float32:
+        sides.append("plain same dtype")
+    tokens = alone(counted, arguments)
+    seconds = {side: alone(measured, side, arguments) for side in sides}
     for name, times in seconds.items():
         rates = [n / t for n, t in zip(tokens[1:], times, strict=True)]
         print(f"{name:17} {statistics.median(rates):7.1f} real tokens/s (min {min(rates):.1f}, max {max(rates):.1f})")
@@ -58,6 +55,28 @@ def main() -> None:
         "plain_tokens_per_second": sum(tokens[1:]) / total["plain float32"],
     }
     report("train", figures, config_of(arguments))
+
+
+def alone(work: Callable[..., Any], *given: Any) -> Any:
+    """What a function returns in a process of its own, whose memory goes back to the system."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
+
+
+def counted(arguments: argparse.Namespace) -> list[int]:
+    """Real tokens of each step."""
+    examples, corpus = load(arguments)
+    model = CoSupModel.start(ModelSection(gen=arguments.model))
+    return [real_tokens(model, corpus, examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
+
+
+def measured(side: str, arguments: argparse.Namespace) -> list[float]:
+    """Seconds of each step of a side but the first."""
+    examples, corpus = load(arguments)
+    if side == "cosup":
+        return timed(our_side(arguments.model, examples, corpus), steps=len(examples) // BATCH)
+    dtype = torch.float32 if side == "plain float32" else compute_dtype("auto", "cpu")
+    return timed(plain_side(arguments.model, examples, corpus, dtype), steps=len(examples) // BATCH)
 
 
 def parse() -> argparse.Namespace:
