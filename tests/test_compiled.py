@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_step import cites, collate, gradients, says, step
+from torch._dynamo.utils import counters
 
 from cosup.config import UserError
 from cosup.model import CoSupModel
@@ -49,7 +50,9 @@ def test_losses_and_gradients_are_those_of_plain_layers_for_any_lengths_and_batc
 def test_other_lengths_are_not_compiled_anew(tiny_folder: Path, forgotten: None) -> None:
     model = CoSupModel.load(tiny_folder, dtype="float64", device="cpu").train()
     compile_layers(model, True)
+    counters.clear()
     step(model, collate(model, ONE, "ntp+nsp"), "ntp+nsp", chunk=None)
+    assert counters["stats"]["unique_graphs"] > 0  # or there was nothing that could be compiled anew
     with torch._dynamo.config.patch(error_on_recompile=True):
         step(model, collate(model, OTHER, "ntp+nsp"), "ntp+nsp", chunk=None)
         step(model, collate(model, [*OTHER, *ONE], "ntp+nsp"), "ntp+nsp", chunk=None)

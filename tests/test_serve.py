@@ -486,8 +486,10 @@ def test_a_server_that_has_drained_long_enough_ends(engine: Engine, held: thread
             asked = [asyncio.create_task(http.post("/v1/chat/completions", json=body)) for _ in range(3)]
             await until(http, "cosup_queue_waiting 1.0")
             server.handle_exit(signal.SIGTERM, None)
+            assert not server.should_exit
             while not server.should_exit:
                 await asyncio.sleep(0.02)
+            assert not any(task.done() for task in asked)  # it waited for none of them any longer
             held.set()
             await asyncio.gather(*asked, return_exceptions=True)
 
