@@ -95,18 +95,18 @@ class VectorFile:
 
     def blocks(self, rows_P: Rows | None = None) -> Iterator[tuple[Rows, Vectors]]:
         """All vectors, or those of some rows, a block at a time, with their rows; all in fp32 are not copied."""
-        for rows, stored_PD, scales_P in self._stored_blocks(rows_P):
-            yield rows, decode(stored_PD, scales_P)
+        for start, stored_PD, scales_P in self._stored_blocks(rows_P):
+            rows = np.arange(start, start + len(stored_PD))
+            yield rows if rows_P is None else rows_P[rows], decode(stored_PD, scales_P)
 
-    def _stored_blocks(self, rows_P: Rows | None) -> Iterator[tuple[Rows, Stored, Vectors | None]]:
+    def _stored_blocks(self, rows_P: Rows | None) -> Iterator[tuple[int, Stored, Vectors | None]]:
+        """Blocks of what `blocks` gives, as it is stored, each with the place of its first row among them."""
         for start in range(0, len(self) if rows_P is None else len(rows_P), _BLOCK):
+            part = slice(start, start + _BLOCK)
             if rows_P is not None:
-                some = rows_P[start : start + _BLOCK]
-                yield some, *self.stored(some)
+                yield start, *self.stored(rows_P[part])
             else:
-                part = slice(start, min(start + _BLOCK, len(self)))
-                scales_P = None if self._scales_N is None else self._scales_N[part]
-                yield np.arange(part.start, part.stop), self._stored_ND[part], scales_P
+                yield start, self._stored_ND[part], None if self._scales_N is None else self._scales_N[part]
 
     def nearest(self, queries_QD: Vectors, k: int, rows_P: Rows | None = None) -> tuple[Vectors, Rows]:
         """The k best rows of each query, exactly.
@@ -121,9 +121,10 @@ class VectorFile:
         """
         scores_QK = np.empty((len(queries_QD), 0), np.float32)
         found_QK = np.empty((len(queries_QD), 0), np.int64)
-        for rows, stored_PD, scales_P in self._stored_blocks(rows_P):
+        for start, stored_PD, scales_P in self._stored_blocks(rows_P):
             scores, places = _candidates(queries_QD, stored_PD, scales_P, k)
-            scores_QK, found_QK = best(np.hstack([scores_QK, scores]), np.hstack([found_QK, rows[places]]), k)
+            rows = start + places if rows_P is None else rows_P[start + places]
+            scores_QK, found_QK = best(np.hstack([scores_QK, scores]), np.hstack([found_QK, rows]), k)
         return scores_QK, found_QK
 
 
