@@ -18,7 +18,8 @@ from cosup.index.manifest import Dtype, damaged
 from cosup.index.mapped import MappedFile
 from cosup.index.protocol import Rows, Vectors
 
-_BLOCK = 1 << 16  # rows multiplied, and looked through, at a time
+_BLOCK = 1 << 16  # rows copied at a time
+_PRODUCTS = 1 << 24  # scores in memory at a time: 64 MiB
 _DECODED = 1 << 9  # of them, rows decoded at a time: what stays in a core's cache
 _QUERIES = 256  # multiplied at a time
 _FEW = 12  # queries: for fewer, the product turned round is up to four times as quick
@@ -95,14 +96,14 @@ class VectorFile:
 
     def blocks(self, rows_P: Rows | None = None) -> Iterator[tuple[Rows, Vectors]]:
         """All vectors, or those of some rows, a block at a time, with their rows; all in fp32 are not copied."""
-        for start, stored_PD, scales_P in self._stored_blocks(rows_P):
+        for start, stored_PD, scales_P in self._stored_blocks(rows_P, _BLOCK):
             rows = np.arange(start, start + len(stored_PD))
             yield rows if rows_P is None else rows_P[rows], decode(stored_PD, scales_P)
 
-    def _stored_blocks(self, rows_P: Rows | None) -> Iterator[tuple[int, Stored, Vectors | None]]:
-        """Blocks of what `blocks` gives, as it is stored, each with the place of its first row among them."""
-        for start in range(0, len(self) if rows_P is None else len(rows_P), _BLOCK):
-            part = slice(start, start + _BLOCK)
+    def _stored_blocks(self, rows_P: Rows | None, block: int) -> Iterator[tuple[int, Stored, Vectors | None]]:
+        """All vectors, or those of some rows, as they are stored, with the place of each block among them."""
+        for start in range(0, len(self) if rows_P is None else len(rows_P), block):
+            part = slice(start, start + block)
             if rows_P is not None:
                 yield start, *self.stored(rows_P[part])
             else:
@@ -121,7 +122,8 @@ class VectorFile:
         """
         scores_QK = np.empty((len(queries_QD), 0), np.float32)
         found_QK = np.empty((len(queries_QD), 0), np.int64)
-        for start, stored_PD, scales_P in self._stored_blocks(rows_P):
+        block = max(_PRODUCTS // max(len(queries_QD), 1), _BLOCK) if rows_P is None else _BLOCK
+        for start, stored_PD, scales_P in self._stored_blocks(rows_P, block):
             scores, places = _candidates(queries_QD, stored_PD, scales_P, k)
             rows = start + places if rows_P is None else rows_P[start + places]
             scores_QK, found_QK = best(np.hstack([scores_QK, scores]), np.hstack([found_QK, rows]), k)
