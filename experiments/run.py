@@ -6,11 +6,12 @@
 FOLDER holds `train/`, `dev/` and `corpus.jsonl.gz` in the form of the README's "Formats". Conditions differ from
 `recipes/experiment.yaml` in what `CONDITIONS` says, and in nothing else: same examples, same order, same steps. Those
 of the main comparison are trained with every seed, the others with the first. All are judged on the same questions of
-each data set, over one corpus that holds the gold passages and others drawn at random.
+each data set, over one corpus that holds the gold passages and others drawn at random; `squad-gold` are SQuAD's
+questions with nothing but their gold passage to retrieve. `released` is the model that comes with cosup, as it is.
 
 What is finished is skipped, and what was interrupted goes on: stop it at any time, and run it again. `--out` then holds
-`data/`, `runs/`, `indexes/`, `evaluations/`, `report/` as `cosup report` writes it, and `cells.md`: the comparison of
-co-supervision with separate training in 13 cells, and the retrieval of all-MiniLM-L6-v2 and BM25 beside it.
+`data/`, `runs/`, `indexes/`, `evaluations/`, `report/` as `cosup report` writes it, `baselines.json`: success@1 of
+all-MiniLM-L6-v2 on the same corpus, and `cells.md`: co-supervision against separate training in 13 cells.
 """
 
 import argparse
@@ -18,13 +19,14 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cosup import metrics, terminal
-from cosup.config import Recipe, UserError, load_recipe
+from cosup.config import RELEASED, Recipe, UserError, load_recipe
 from cosup.data import Question, read_passages, read_questions, write_records
 from cosup.data.convert import convert
 from cosup.data.worldfacts import build_worldfacts
@@ -35,7 +37,7 @@ from cosup.files import atomic_file
 from cosup.index import build_index, mine, open_index
 from cosup.model import CoSupModel
 from cosup.model.lms import ALL_MINILM, place_of
-from cosup.report import Condition, Run, conditions_of, read_run, write_report
+from cosup.report import Condition, conditions_of, read_run, write_report
 from cosup.train import train_recipe
 
 BASE = Path(__file__).parents[1] / "recipes" / "experiment.yaml"
@@ -54,9 +56,14 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "emb-minilm": ("model.emb=all-minilm-l6-v2",),
     "hard-negatives": ("train.negatives=4",),
     "on-passages": ("train.train_on_passages=true",),
+    "released": (),
 }
 MAIN = ("cosup", "separate", "ntp")
-MODES: dict[str, tuple[Mode, ...]] = {"cosup": ("cosup", "static", "none"), "ntp": ("bm25",)}
+MODES: dict[str, tuple[Mode, ...]] = {
+    "cosup": ("cosup", "static", "none"),
+    "ntp": ("bm25",),
+    "released": ("cosup", "static", "none", "bm25"),
+}
 """How a condition is judged, where not by its own retrieval alone; modes after the first with the first seed only."""
 
 RETRIEVAL = ("squad", "nq", "fever", "hotpotqa", "asqa", "triviaqa", "wow")
@@ -76,7 +83,8 @@ def main() -> None:
             terminal.step(f"{condition}, seed {seed}")
             folders += one(condition, seed, data, arguments)
     write_report(folders, arguments.out / "report")
-    told = cells(conditions_of([read_run(folder) for folder in folders])) + baselines(data, read_run(folders[0]))
+    told = cells(conditions_of([read_run(folder) for folder in folders]))
+    baselines(data, arguments.out / "baselines.json")
     (arguments.out / "cells.md").write_text(told)
     print(told)
 
@@ -151,6 +159,7 @@ class Data:
             for found in [list(read_questions(path))]
         }
         drawn["worldfacts"] = drawn.pop("test")
+        drawn["squad-gold"] = [replace(question, candidates=question.gold) for question in drawn.get("squad", ())]
         learnt = self.recipe("cosup", 0, []).data.train
         refuse_leaks(
             read_questions(*(self.source / path for path in learnt)), [q for some in drawn.values() for q in some]
@@ -177,7 +186,7 @@ def one(condition: str, seed: int, data: Data, arguments: argparse.Namespace) ->
     """Trains, indexes and evaluates a condition. Returns the folders of its evaluations."""
     run = trained(condition, seed, data, arguments)
     model = CoSupModel.load(run)
-    index = indexed(model, data.corpus, arguments.out / "indexes" / run.name)
+    index = indexed(model, data.corpus, arguments.out / "indexes" / f"{condition}-{seed}")
     modes = MODES.get(condition, ("cosup",))
     folders = []
     for mode in modes if seed == arguments.seeds[0] else modes[:1]:
@@ -199,6 +208,8 @@ def trained(condition: str, seed: int, data: Data, arguments: argparse.Namespace
     """The run folder of a condition."""
     recipe = data.recipe(condition, seed, arguments.set)
     run: Path = arguments.out / "runs" / f"{condition}-{seed}"
+    if condition == "released":
+        return Path(RELEASED)
     if condition == "untrained":
         if not (run / "cosup.json").is_file():
             CoSupModel.start(recipe.model, seed=seed).save(run)
@@ -262,22 +273,24 @@ def cells(conditions: Sequence[Condition]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def baselines(data: Data, run: Run) -> str:
-    """Success@1 of BM25 and of all-MiniLM-L6-v2 on the same corpus, as Markdown."""
+def baselines(data: Data, path: Path) -> None:
+    """Writes success@1 of all-MiniLM-L6-v2 on the same questions and corpus, unless it is there."""
+    if path.is_file():
+        return
     from sentence_transformers import SentenceTransformer
 
     encoder = SentenceTransformer(str(place_of(ALL_MINILM, "emb")), device="cpu")
     passages = list(read_passages(data.corpus))
     vectors_ND = encoder.encode([f"{p.title} {p.text}".strip() for p in passages], normalize_embeddings=True)
-    lines = ["", "| retrieval, success@1 | BM25 | all-MiniLM-L6-v2 | questions |", "|---|--:|--:|--:|"]
+    found = {}
     for task in RETRIEVAL:
         asked = [question for question in read_questions(data.folder / "dev" / f"{task}.jsonl") if question.gold]
         queries_QD = encoder.encode([question.question for question in asked], normalize_embeddings=True)
         first_Q = np.argmax(queries_QD @ vectors_ND.T, axis=1)
         hits = [passages[place].id in question.gold for place, question in zip(first_Q, asked, strict=True)]
-        bm25 = run.evaluations[task].figures["bm25_success@1"].value
-        lines.append(f"| {task} | {bm25:.3f} | {np.mean(hits):.3f} | {len(asked)} |")
-    return "\n".join(lines) + "\n"
+        found[task] = {"value": float(np.mean(hits)), "count": len(asked)}
+    with atomic_file(path) as file:
+        file.write((json.dumps({ALL_MINILM: found}, indent=1) + "\n").encode())
 
 
 def correctness(task: str, condition: Condition) -> str:

@@ -79,7 +79,8 @@ def test_conditions_are_trained_judged_compared_and_not_done_twice(
     told = (out / "cells.md").read_text()
     assert "At least as good in" in told
     assert "of 13 cells" in told
-    assert "all-MiniLM-L6-v2" in told
+    assert json.loads((out / "baselines.json").read_text())["all-minilm-l6-v2"]["squad"]["count"] == 3
+    assert (out / "evaluations" / "cosup-0" / "squad-gold" / "figures.json").is_file()
     trained = ["cosup-0", "cosup-1", "hard-negatives-0", "separate-0", "separate-1"]
     assert sorted(path.name for path in (out / "runs").iterdir()) == trained
     judged = sorted([*trained, "cosup-static-0", "cosup-none-0"])
