@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Objective = Literal["ntp", "nsp", "ntp+nsp", "separate"]
 Part = Literal["gen", "emb", "projection", "lm_head", "embeddings"]
 Similarity = Literal["cosine", "dot"]
+RELEASED = "cosup-smollm2-135m"
+"""The model that comes with cosup, and is taken where none is named."""
 
 
 class UserError(ValueError):
