@@ -1,6 +1,7 @@
 """Every shipped recipe and launch file is checked without weights, and without a download."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,16 @@ def test_a_sketch_has_the_parameters_of_the_model_that_the_recipe_starts_from(ti
         section = ModelSection.model_validate({"gen": str(tiny_lm), **more})
         shapes = {name: p.shape for name, p in sketch(section).named_parameters()}
         assert shapes == {name: p.shape for name, p in CoSupModel.start(section).named_parameters()}
+
+
+@pytest.mark.parametrize("more", [{}, {"emb": "gen"}, {"emb_layers": 1}])
+def test_a_sketch_of_adapters_that_go_on_stands_on_what_they_lie_on(more: Any, tiny_lm: Path, tmp_path: Path) -> None:
+    lora = {"rank": 2, "alpha": 4}
+    start = ModelSection.model_validate({"gen": str(tiny_lm), "lora": lora, **more})
+    CoSupModel.start(start).save(tmp_path / "first")
+    section = ModelSection.model_validate({"gen": str(tmp_path / "first"), "lora": lora})
+    shapes = [(n, p.shape, p.requires_grad) for n, p in sketch(section).named_parameters()]
+    assert shapes == [(n, p.shape, p.requires_grad) for n, p in sketch(start).named_parameters()]
 
 
 def test_a_cut_sketch_with_weights_computes(tiny_lm: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from cosup.config import ModelSection, UserError
 from cosup.model import adapters
 from cosup.model.core import CoSupModel
-from cosup.model.folders import ModelSettings
+from cosup.model.folders import ModelSettings, read_settings
 from cosup.model.lms import body_of, hub_within_reach, is_adapter_folder, place_of, quiet, without_pooler
 from cosup.template import TemplateSettings
 
@@ -68,6 +68,7 @@ def sketch(
     Raises:
         UserError: a configuration can't be read.
     """
+    section = _on_bases(section)
     config = _sized(config_of(section.gen, part="gen"), layers)
     template = template or TemplateSettings()
     rows = [config.vocab_size + i for i in range(3)]
@@ -85,6 +86,17 @@ def sketch(
         names = dict(zip((template.ret, template.cs, template.ce), rows, strict=True))
         tokenizer = _IdsOnly(names)
         return CoSupModel(gen, emb, tokenizer=tokenizer, emb_tokenizer=tokenizer, settings=settings)
+
+
+def _on_bases(section: ModelSection) -> ModelSection:
+    """The section that names what adapters lie on, where it names a model folder of adapters to go on with."""
+    gen = place_of(section.gen, "gen")
+    if not is_adapter_folder(gen):
+        return section
+    settings, emb = read_settings(gen.parent), gen.parent / "emb"
+    names = [adapters.base_of(part) if is_adapter_folder(part) else str(part) for part in (gen, emb)]
+    own = "gen" if settings.emb_is_gen else names[1] if names[1] != names[0] else None
+    return section.model_copy(update={"gen": names[0], "emb": own, "emb_layers": settings.emb_layers})
 
 
 class _IdsOnly:
