@@ -32,6 +32,13 @@ def _refused(path, *overrides):
 # Reading
 
 
+def test_a_key_that_stands_twice_is_named(write):
+    twice = MINIMAL + "train: {batch_size: 8}\nseed: 1\nseed: 2\n"
+    assert "the key 'seed' stands twice" in _refused(write(twice))
+    nested = MINIMAL + "train:\n  lambda: 1\n  batch_size: 2\n  lambda: 3\n"
+    assert "the key 'lambda' stands twice" in _refused(write(nested))
+
+
 def test_a_recipe_with_only_name_and_data_takes_the_defaults(write):
     recipe = load_recipe(write())
     assert recipe == Recipe.model_validate({"name": "small", "data": {"train": ["t.jsonl"], "passages": ["p.jsonl"]}})

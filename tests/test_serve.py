@@ -27,7 +27,7 @@ from cosup.engine.row import Row
 from cosup.index import FaissIndex, Index, PassageTooLargeError, build_collection, build_index, open_index
 from cosup.model import CoSupModel
 from cosup.serve import Keys, Limits, Worker, add_key, create_app
-from cosup.serve.run import DrainingServer, check_address
+from cosup.serve.run import DrainingServer, check_address, check_port
 
 QUESTION = "Which city governs Norway?"
 FIRST: dict[str, Any] = {"cosup": {"retrieve_first": True}}
@@ -377,6 +377,14 @@ def test_open_addresses_need_keys() -> None:
     assert check_address("127.0.0.1", None) is None
     with pytest.raises(UserError, match="API keys"):
         check_address("0.0.0.0", None)
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port} \(Address already in use\).*--port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
 
 
 def test_beyond_the_queue_is_429_and_clients_that_go_away_free_their_rows(

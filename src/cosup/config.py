@@ -177,6 +177,20 @@ class Recipe(Section):
         return self
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML readers silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} stands twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML recipe and applies `a.b=value` overrides, whose values are YAML too.
 
@@ -184,7 +198,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such file, not YAML, an unknown key (the nearest valid one is named), a value out of range.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except FileNotFoundError:
         raise UserError(f"there is no recipe at {path}: name a YAML file such as recipes/squad-cpu.yaml") from None
     except OSError as e:

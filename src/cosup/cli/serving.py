@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cosup.cli.options import DEFAULT_MODEL, ModelOption
 from cosup.config import UserError
 
 app = typer.Typer(help="Serve an OpenAI-compatible API and a page to ask it.")
@@ -15,7 +16,7 @@ app.add_typer(keys_app, name="keys")
 @app.callback(invoke_without_command=True)
 def serve(
     context: typer.Context,
-    model: Annotated[Path | None, typer.Option("--model", help="A run folder or a model folder.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
     index: Annotated[str | None, typer.Option("--index", help="An index folder, or a milvus:// address.")] = None,
     host: Annotated[str, typer.Option(help="Address to bind; other than 127.0.0.1 needs --keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -35,11 +36,12 @@ def serve(
         return
     from cosup.serve import Limits
     from cosup.serve import serve as run_server
-    from cosup.serve.run import check_address
+    from cosup.serve.run import check_address, check_port
 
-    if model is None or index is None:
-        raise UserError("serving needs a model and an index: cosup serve --model FOLDER --index FOLDER")
+    if index is None:
+        raise UserError("serving needs an index: cosup serve --index FOLDER [--model FOLDER]")
     check_address(host, keys)
+    check_port(host, port)
     from cosup.engine import Engine, Options
     from cosup.index import open_index
     from cosup.model import CoSupModel

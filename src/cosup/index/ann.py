@@ -71,9 +71,9 @@ def build(path: Path, vectors: VectorFile, dim: int, *, kind: str, graph_threads
     Raises:
         UserError: FAISS refuses the factory string or the vectors.
     """
+    index = _made(kind, len(vectors), dim)
+    _quiet(index)
     try:
-        index = faiss.index_factory(dim, factory_of(kind, len(vectors), dim), faiss.METRIC_INNER_PRODUCT)
-        _quiet(index)
         if not index.is_trained:
             index.train(vectors.rows(_even_rows(len(vectors), _training_size(index))))
         threads = faiss.omp_get_max_threads()
@@ -84,13 +84,32 @@ def build(path: Path, vectors: VectorFile, dim: int, *, kind: str, graph_threads
         finally:
             faiss.omp_set_num_threads(threads)
     except RuntimeError as e:
-        reason = str(e).strip().splitlines()[-1].split("Error: ")[-1]
         raise UserError(
-            f"FAISS can't build an index of kind {kind!r} from {len(vectors):,} vectors of {dim} ({reason}); use "
-            f"{', '.join(KINDS)} or a factory string such as 'IVF1024,SQ8'"
+            f"FAISS can't build an index of kind {kind!r} from {len(vectors):,} vectors of {dim} ({_reason(e)}); "
+            f"{_ADVICE}"
         ) from None
     with explained(path):
         faiss.write_index(index, str(path))
+
+
+def refuse_unknown(kind: str, dim: int) -> None:
+    """Raises UserError if a kind is none that FAISS can make for vectors of this dimension."""
+    if kind not in KINDS:
+        _made(kind, 0, dim)
+
+
+def _made(kind: str, count: int, dim: int) -> Any:
+    try:
+        return faiss.index_factory(dim, factory_of(kind, count, dim), faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as e:
+        raise UserError(f"FAISS knows no kind {kind!r} for vectors of {dim} ({_reason(e)}); {_ADVICE}") from None
+
+
+_ADVICE = f"use {', '.join(KINDS)} or a factory string such as 'IVF1024,SQ8'"
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1].split("Error: ")[-1]
 
 
 class AnnFile:

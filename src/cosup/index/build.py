@@ -60,9 +60,10 @@ def build_index(
 
     Raises:
         UserError: there are no passages, two have one id, the folder is something else or somebody else writes to it,
-            or the disk is full or too small.
+            FAISS has no such kind, or the disk is full or too small.
     """
     out = Path(out)
+    ann.refuse_unknown(kind, embedder.dim)
     _refuse_foreign(out)
     _refuse_small_disk(out, total, embedder.dim, dtype)
     with writing(out):

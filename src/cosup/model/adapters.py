@@ -61,6 +61,11 @@ def save(part: Any, folder: Path) -> None:
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def base_of(folder: Path) -> str:
+    """The name of the model that an adapter lies on."""
+    return str(json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"])
+
+
 def load_merged(folder: Path, *, dtype: torch.dtype, layers: int | None, template: TemplateSettings) -> Any:
     """The base that an adapter names, with the adapter merged.
 
@@ -100,6 +105,8 @@ def load_trainable(folder: Path, lora: LoraSection, *, layers: int | None, templ
 
 
 def _load(folder: Path, *, layers: int | None, template: TemplateSettings, trainable: bool = False) -> Any:
+    import peft  # takes a second, which models without adapters are spared
+
     config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     causal = config["task_type"] == "CAUSAL_LM"
     base, base_tokenizer = (load_lm if causal else load_body)(config["base_model_name_or_path"])
@@ -108,14 +115,15 @@ def _load(folder: Path, *, layers: int | None, template: TemplateSettings, train
     if layers is not None:
         keep_layers(base, layers)
     with _quiet():
-        return _peft().PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
 
 
 def _adapt(part: Any, lora: LoraSection, *, base: str, task: str, rows: list[int] | None) -> Any:
-    peft = _peft()
+    import peft
+
     config = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction will do
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) if lora.targets else "all-linear",
         trainable_token_indices=None if rows is None else _rows_by_layer(part, rows),
@@ -145,11 +153,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError("model.lora needs the package peft: run `pip install 'cosup[lora]'`") from None
-    return peft

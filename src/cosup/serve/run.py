@@ -3,6 +3,7 @@
 import ipaddress
 import logging
 import math
+import socket
 import time
 from pathlib import Path
 from types import FrameType
@@ -91,6 +92,19 @@ def check_address(host: str, keys_file: Path | None) -> Keys | None:
             "(make one with `cosup serve keys add`), or bind 127.0.0.1"
         )
     return None
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError where a server can't listen, before a model is loaded for it."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
+            probe.bind(address)
+    except OSError as e:
+        raise UserError(
+            f"no server can listen at {host}:{port} ({e.strerror or e}); name another --port or --host"
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:
