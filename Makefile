@@ -20,6 +20,7 @@ check: .venv/dev-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python experiments/results.py --check
 
 format: .venv/dev-installed
 	$(BIN)/ruff format

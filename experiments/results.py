@@ -72,6 +72,10 @@ def figures_of(run: Path) -> dict[str, Any]:
     settings = json.loads((run / "run.json").read_text("utf-8"))
     tasks = {}
     for name in settings["tasks"]:
+        if not (run / name / "figures.json").is_file():
+            raise UserError(
+                f"{run} has not finished {name}; run the experiment again, which goes on, or remove the run"
+            )
         figures = json.loads((run / name / "figures.json").read_text("utf-8"))
         tasks[name] = {key: figure for key, figure in figures.items() if figure["value"] is not None}
     return {key: value for key, value in settings.items() if key not in DROPPED} | {"tasks": tasks}

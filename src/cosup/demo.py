@@ -1,4 +1,4 @@
-"""The whole method on a real small model in one command: data, before, training, index, after, answers."""
+"""The whole method on a real small model in one command: data, answers, training on it, index, after, answers."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cosup.config import Recipe, UserError, parse_recipe
+from cosup.config import RELEASED, Recipe, UserError, parse_recipe
 from cosup.data import Passage, Question, read_passages, read_questions
 from cosup.data.worldfacts import build_worldfacts
 from cosup.engine import Options
@@ -24,15 +24,16 @@ Counter = Callable[[str, int, str], Any]
 """Called with what is counted, how many there will be and their unit; a context manager that gives an `on_progress`."""
 
 
-def demo_recipe(folder: Path, minutes: float) -> Recipe:
-    """The demo's training: worldfacts, co-supervised, for so many minutes."""
+def demo_recipe(folder: Path, minutes: float, *, model: str = RELEASED) -> Recipe:
+    """The demo's training: the adapters of a model go on, on worldfacts, co-supervised, for so many minutes."""
     return parse_recipe(
         {
             "name": "demo",
+            "model": {"gen": model, "lora": {"rank": 16, "alpha": 32}},
             "data": {"folder": str(folder), "train": ["train.jsonl"], "passages": ["passages.jsonl"]},
             "train": {
                 "max_minutes": minutes,
-                "learning_rate": 3e-4,
+                "learning_rate": 1e-3,
                 "epochs": 3,
                 "neighbours": 4,
             },
@@ -47,10 +48,11 @@ class Demo:
         folder: where everything is kept.
         minutes: training budget.
         counter: shows progress.
+        model: of adapters, to start from.
     """
 
-    def __init__(self, folder: Path, *, minutes: float, counter: Counter):
-        self.folder, self.minutes, self._counter = folder, minutes, counter
+    def __init__(self, folder: Path, *, minutes: float, counter: Counter, model: Path = Path(RELEASED)):
+        self.folder, self.minutes, self.model, self._counter = folder, minutes, model, counter
         self.data, self.run = folder / "worldfacts", folder / "run"
 
     def start_over(self) -> None:
@@ -66,32 +68,27 @@ class Demo:
         if not (self.data / "passages.jsonl").is_file():
             build_worldfacts(self.data)
 
+    def at_first(self) -> tuple[CoSupModel, FaissIndex]:
+        """The model that the demo starts from, and its index of worldfacts."""
+        model = CoSupModel.load(self.model)
+        return model, self._index(model, self.folder / "first-index")
+
+    def trained(self) -> tuple[CoSupModel, FaissIndex]:
+        """The same after `train`."""
+        model = CoSupModel.load(self.run)
+        return model, self._index(model, self.folder / "index")
+
     def before(self) -> Evaluation:
-        """The untrained model on the test questions."""
-        saved = self.folder / "before"
-        if (evaluation := _load(saved)) is not None:
-            return evaluation
-        untrained = self.folder / "untrained"
-        if not (untrained / "cosup.json").is_file():
-            CoSupModel.start(demo_recipe(self.data, self.minutes).model).save(untrained)
-        evaluation = self._judge(untrained, self.folder / "untrained-index")
-        evaluation.save(saved)
-        shutil.rmtree(untrained)
-        shutil.rmtree(self.folder / "untrained-index")
-        return evaluation
+        """The model of `at_first` on the test questions."""
+        return self._judged(self.folder / "before", self.at_first)
 
     def train(self, **display: Any) -> None:
         """Co-supervises; `display` goes to `train_recipe`."""
-        train_recipe(demo_recipe(self.data, self.minutes), self.run, **display)
+        train_recipe(demo_recipe(self.data, self.minutes, model=str(self.model)), self.run, **display)
 
     def after(self) -> Evaluation:
-        """The trained model on the same questions."""
-        saved = self.folder / "after"
-        if (evaluation := _load(saved)) is not None:
-            return evaluation
-        evaluation = self._judge(self.run, self.folder / "index")
-        evaluation.save(saved)
-        return evaluation
+        """The model of `trained` on the same questions."""
+        return self._judged(self.folder / "after", self.trained)
 
     def shown(self) -> list[Question]:
         """Five test questions: one of each kind, and one more."""
@@ -100,12 +97,15 @@ class Demo:
         first = [next(question for question in questions if question.task == kind) for kind in kinds]
         return [*first, next(q for q in questions if q.task == "worldfacts-qa" and q not in first)]
 
-    def _judge(self, model_folder: Path, index_folder: Path) -> Evaluation:
-        model = CoSupModel.load(model_folder)
-        index = self._index(model, index_folder)
+    def _judged(self, saved: Path, opened: Callable[[], tuple[CoSupModel, FaissIndex]]) -> Evaluation:
+        if (saved / "figures.json").is_file():
+            return Evaluation.load(saved)
+        model, index = opened()
         questions = list(read_questions(self.data / "test.jsonl"))[:QUESTIONS]
         with self._counter("asking", len(questions), "questions") as on_progress:
-            return evaluate_model(model, index, questions, options=OPTIONS, on_progress=on_progress)
+            evaluation = evaluate_model(model, index, questions, options=OPTIONS, on_progress=on_progress)
+        evaluation.save(saved)
+        return evaluation
 
     def _index(self, model: CoSupModel, folder: Path) -> FaissIndex:
         with suppress(UserError):  # none yet, or an older version's: built again
@@ -115,7 +115,3 @@ class Demo:
         passages: Sequence[Passage] = list(read_passages(self.data / "passages.jsonl"))
         with self._counter("indexing", len(passages), "passages") as on_progress:
             return build_index(passages, model, folder, on_progress=on_progress)
-
-
-def _load(folder: Path) -> Evaluation | None:
-    return Evaluation.load(folder) if (folder / "figures.json").is_file() else None

@@ -260,10 +260,10 @@ def show_next_steps(folder: Path) -> None:
         f"""
 [bold]Saved[/] in {folder}: worldfacts/ (data), run/ (recipe, metrics, curves.png, model), index/, before/, after/.
 
-[bold]With your own documents[/]
+[bold]With your own documents[/], and the model that comes with cosup
   cosup ingest NOTES/ --out passages.jsonl
-  cosup index build --model {folder}/run --passages passages.jsonl --out my-index
-  cosup ask --model {folder}/run --index my-index "your question"
+  cosup index build --passages passages.jsonl --out my-index
+  cosup ask --index my-index "your question"
 """,
         soft_wrap=True,
     )

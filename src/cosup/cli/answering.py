@@ -1,24 +1,28 @@
 """Asking: one question, a file of them, the demo."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosup.cli.options import IndexOption, ModelOption, TaskOption, with_writing_options
+from cosup.cli.options import DEFAULT_MODEL, IndexOption, ModelOption, TaskOption, with_writing_options
 from cosup.config import UserError
 
 if TYPE_CHECKING:
+    from cosup.data import Question
     from cosup.engine import Options
+    from cosup.index import FaissIndex
+    from cosup.model import CoSupModel
 
 
 @with_writing_options
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: ModelOption,
     index: IndexOption,
     *,
+    model: ModelOption = DEFAULT_MODEL,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     task: TaskOption = "",
     options: "Options",
@@ -48,9 +52,9 @@ def ask(
 def generate(
     questions: Annotated[Path, typer.Option("--input", help="JSONL of questions.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL of answers to write.")],
-    model: ModelOption,
     index: IndexOption,
     *,
+    model: ModelOption = DEFAULT_MODEL,
     rows: Annotated[int, typer.Option(min=1, help="Questions that are answered at once.")] = 16,
     options: "Options",
 ) -> None:
@@ -81,34 +85,47 @@ def generate(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Training budget in minutes.")] = 7.2,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training budget in minutes.")] = 6.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of reusing what is finished.")] = False,
+    model: ModelOption = DEFAULT_MODEL,
 ) -> None:
-    """Watch the whole method work on a real small model: before, training, after, five cited answers."""
+    """Watch the whole method work on a real small model: five cited answers, training on such facts, five again."""
     from cosup import terminal
-    from cosup.demo import OPTIONS, Demo
-    from cosup.engine import Engine
-    from cosup.index import FaissIndex
-    from cosup.model import CoSupModel
+    from cosup.demo import Demo
 
-    steps = Demo(out, minutes=minutes, counter=lambda what, total, unit: terminal.counting(what, total, unit=unit))
+    steps = Demo(
+        out,
+        minutes=minutes,
+        counter=lambda what, total, unit: terminal.counting(what, total, unit=unit),
+        model=model,
+    )
     if fresh:
         steps.start_over()
     terminal.step("Building worldfacts")
     steps.build_data()
-    terminal.step("Evaluating the untrained model")
+    terminal.step(f"Five questions to {model}, which never saw such facts")
+    _show_answers(steps.at_first(), steps.shown())
+    terminal.step("Asking it all test questions")
     before = steps.before()
-    terminal.step(f"Co-supervising Gen and Emb_seq for {minutes:g} minutes")
+    terminal.step(f"Co-supervising it on worldfacts for {minutes:g} minutes")
     with terminal.training_bar() as bar:
         steps.train(callbacks=[bar], on_start=terminal.show_settings)
-    terminal.step("Indexing and evaluating the trained model")
+    terminal.step("Asking it again")
     after = steps.after()
     terminal.step("Before and after")
     terminal.show_figures({"before": before, "after": after})
-    terminal.step("Five test questions, about entities that were never trained on")
-    model, index = CoSupModel.load(steps.run), FaissIndex(out / "index")
+    terminal.step("The same five questions, about entities that it was not trained on either")
+    _show_answers(steps.trained(), steps.shown())
+    terminal.show_next_steps(out)
+
+
+def _show_answers(opened: "tuple[CoSupModel, FaissIndex]", questions: "Sequence[Question]") -> None:
+    from cosup import terminal
+    from cosup.demo import OPTIONS
+    from cosup.engine import Engine
+
+    model, index = opened
     engine = Engine(model, index, OPTIONS)
-    for question in steps.shown():
+    for question in questions:
         terminal.show_question(question.question)
         terminal.show_answer(engine.stream(model.template.prompt(question.question, task=question.task)), index.get)
-    terminal.show_next_steps(out)

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from cosup.cli.options import IndexOption, ModelOption, NewTokensOption
+from cosup.cli.options import DEFAULT_MODEL, IndexOption, ModelOption, NewTokensOption
 
 
 def evaluate(
-    model: ModelOption,
     index: IndexOption,
+    model: ModelOption = DEFAULT_MODEL,
     tasks: Annotated[
         list[str] | None,
         typer.Option("--tasks", "--questions", help="Files of questions, in any known format, or names in --data."),
@@ -42,7 +42,7 @@ def evaluate(
     options = Options(max_new_tokens=max_new_tokens)
     settings = RunSettings(mode, not whole_corpus, options, name=name, mauve_model=mauve)  # type: ignore[arg-type]
     asked = read_tasks(tasks or [], data=data, limit=limit)
-    place = out or model / "evaluations"
+    place = out or (Path("runs") / model if model == DEFAULT_MODEL else model) / "evaluations"
     if fresh:
         remove_run(place)
     judge = HuggingFaceNli(nli) if nli else None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cosup.cli.options import IndexOption, ModelOption, PassagesOption, TaskOption
+from cosup.cli.options import DEFAULT_MODEL, IndexOption, ModelOption, PassagesOption, TaskOption
 from cosup.config import UserError
 
 app = typer.Typer(help="Build and search indexes of passages.", no_args_is_help=True)
@@ -16,9 +16,9 @@ app = typer.Typer(help="Build and search indexes of passages.", no_args_is_help=
 
 @app.command("build")
 def build(
-    model: ModelOption,
     passages: PassagesOption,
     out: Annotated[str, typer.Option(help="The index folder to write, or a milvus:// address.")],
+    model: ModelOption = DEFAULT_MODEL,
     cited_by: Annotated[
         Path | None, typer.Option(help="Only the passages that are gold for a question of this JSONL file.")
     ] = None,
@@ -80,8 +80,8 @@ def build(
 @app.command("update")
 def update(
     index: IndexOption,
-    model: ModelOption,
     passages: PassagesOption,
+    model: ModelOption = DEFAULT_MODEL,
     keep_others: Annotated[bool, typer.Option("--keep-others", help="Only add and replace; remove nothing.")] = False,
 ) -> None:
     """Make an index hold these passages, embedding only those that are new or changed."""
@@ -101,9 +101,9 @@ def update(
 
 
 @app.command("add")
-def add(index: IndexOption, model: ModelOption, passages: PassagesOption) -> None:
+def add(index: IndexOption, passages: PassagesOption, model: ModelOption = DEFAULT_MODEL) -> None:
     """Add passages; one whose id is there already is replaced."""
-    update(index, model, passages, keep_others=True)
+    update(index, passages, model, keep_others=True)
 
 
 @app.command("remove")
@@ -162,7 +162,7 @@ def check(
 def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     index: IndexOption,
-    model: ModelOption,
+    model: ModelOption = DEFAULT_MODEL,
     k: Annotated[int, typer.Option("--top", "-k", min=1, help="How many passages.")] = 5,
     task: TaskOption = "",
     where: Annotated[

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cosup.config import RELEASED
+
 if TYPE_CHECKING:
     from cosup.engine import Options
 
-ModelOption = Annotated[Path, typer.Option("--model", help="A run folder of `cosup train`, or a model folder.")]
+ModelOption = Annotated[
+    Path,
+    typer.Option("--model", envvar="COSUP_MODEL", help="A run folder of `cosup train`, or a model folder."),
+]
+DEFAULT_MODEL = Path(RELEASED)
 IndexOption = Annotated[
     str, typer.Option("--index", help="An index folder of `cosup index build`, or a milvus:// address.")
 ]

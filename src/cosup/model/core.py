@@ -86,6 +86,8 @@ class CoSupModel(nn.Module):
             _use_packed_attention(part)
         same = gen.config.hidden_size == emb.config.hidden_size
         self.projection = None if same else nn.Linear(emb.config.hidden_size, gen.config.hidden_size, bias=False)
+        if self.projection is not None:  # passages start as alike as Emb_seq has them
+            nn.init.orthogonal_(self.projection.weight)
         if self.settings.pooling == "auto":
             pooling = "last" if is_decoder(body_of(emb)) else "mean"
             self.settings = self.settings.model_copy(update={"pooling": pooling})

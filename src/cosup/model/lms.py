@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from cosup.config import UserError
+from cosup.config import RELEASED, UserError
 from cosup.files import atomic_folder, cache_folder
 from cosup.template import TemplateSettings, Tokenizer, with_control_tokens
 
@@ -40,11 +40,12 @@ def compute_dtype(dtype: Dtype, device: str) -> torch.dtype:
 
 
 def find_model(folder: Path) -> Path:
-    """The model folder at `folder`, or inside it where `folder` is a run.
+    """The model folder at `folder`, or inside it where `folder` is a run; of the released model's name, that.
 
     Raises:
         UserError: neither is there.
     """
+    folder = _PACKAGED[RELEASED]() if folder == Path(RELEASED) else folder
     for candidate in (folder, folder / "model"):
         if (candidate / "cosup.json").is_file():
             return candidate
@@ -188,7 +189,12 @@ def _package(module: str, *, model: str, install: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-_PACKAGED = {SMOLLM2: _smollm2, ALL_MINILM: _all_minilm}
+def _released() -> Path:
+    """The model that comes with cosup."""
+    return Path(__file__).parent / "released" / RELEASED
+
+
+_PACKAGED = {SMOLLM2: _smollm2, ALL_MINILM: _all_minilm, RELEASED: _released}
 
 
 def is_tied(lm: Any) -> bool:

