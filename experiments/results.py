@@ -18,14 +18,13 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure as Plot
 
-from cosup.config import UserError
 from cosup.evaluate import HEADLINES, label_of
 from cosup.files import atomic_file
 
 HERE = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BASELINE = "all-minilm-l6-v2"
-DROPPED = ("model", "versions", "tasks", "created", "options", "own_candidates")
+DROPPED = ("model", "versions", "tasks", "created", "own_candidates")
 
 Kept = dict[str, Any]
 """One experiment: `hardware`, `command`, `date`, `runs` by name, and `baselines` by name and data set."""
@@ -42,7 +41,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.keep:
         if not arguments.name:
-            raise UserError("--keep needs --as NAME, which names the file")
+            parser.error("--keep needs --as NAME, which names the file")
+        if missing := unfinished(arguments.keep):
+            parser.error(f"{missing} is missing; run the experiment again, which goes on, or remove the run")
         keep(arguments.keep, HERE / f"{arguments.name}.json", arguments.hardware, arguments.command)
     text, drawing = page([json.loads(path.read_text("utf-8")) for path in sorted(HERE.glob("*.json"))])
     if not arguments.check:
@@ -50,6 +51,14 @@ def main() -> None:
         PAGE.with_suffix(".svg").write_text(drawing, "utf-8")
     elif not PAGE.is_file() or PAGE.read_text("utf-8") != text:
         sys.exit(f"{PAGE}: stale; run `python experiments/results.py`")
+
+
+def unfinished(folder: Path) -> Path | None:
+    """A file of figures that an experiment folder still lacks; None where it has all."""
+    expected = folder / "evaluations" / "*" / "run.json"
+    runs = sorted(folder.glob("evaluations/*/run.json"))
+    figures = (run.parent / task / "figures.json" for run in runs for task in json.loads(run.read_text())["tasks"])
+    return next((path for path in figures if not path.is_file()), None) if runs else expected
 
 
 def keep(folder: Path, path: Path, hardware: str, command: str) -> None:
@@ -72,10 +81,6 @@ def figures_of(run: Path) -> dict[str, Any]:
     settings = json.loads((run / "run.json").read_text("utf-8"))
     tasks = {}
     for name in settings["tasks"]:
-        if not (run / name / "figures.json").is_file():
-            raise UserError(
-                f"{run} has not finished {name}; run the experiment again, which goes on, or remove the run"
-            )
         figures = json.loads((run / name / "figures.json").read_text("utf-8"))
         tasks[name] = {key: figure for key, figure in figures.items() if figure["value"] is not None}
     return {key: value for key, value in settings.items() if key not in DROPPED} | {"tasks": tasks}
@@ -121,21 +126,25 @@ def retrieval(kept: Kept) -> list[str]:
 
 def answers(kept: Kept) -> list[str]:
     """The table of what it answers."""
+    run = kept["runs"]["released-0"]
     lines = [
-        "Its answers, at most 64 tokens that it chooses itself:",
+        f"Its answers, at most {run['options']['max_new_tokens']} tokens that it chooses itself:",
         "",
         "| data set | n | correct | which is | well formed | cite | median claim, words |",
         "|---|--:|--:|---|--:|--:|--:|",
     ]
-    for task, figures in kept["runs"]["released-0"]["tasks"].items():
+    for task, figures in run["tasks"].items():
         name = correctness(task, figures)
-        lines.append(
-            f"| {title(task)} | {figures['well_formed']['count']:,} | {with_interval(figures[name]) if name else ''} "
-            f"| {label_of(name) if name else ''} | {value(figures, 'well_formed')} | {value(figures, 'cites')} "
-            f"| {figures['claim_words']['value']:.0f} |"
-            if "claim_words" in figures
-            else f"| {title(task)} | {figures['well_formed']['count']:,} | | | {value(figures, 'well_formed')} | | |"
-        )
+        cells = [
+            title(task),
+            f"{figures['well_formed']['count']:,}",
+            with_interval(figures[name]) if name else "",
+            label_of(name) if name else "",
+            value(figures, "well_formed"),
+            value(figures, "cites"),
+            f"{figures['claim_words']['value']:.0f}" if "claim_words" in figures else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -213,8 +222,4 @@ def with_interval(figure: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -103,7 +103,7 @@ def demo(
         steps.start_over()
     terminal.step("Building worldfacts")
     steps.build_data()
-    terminal.step(f"Five questions to {model}, which never saw such facts")
+    terminal.step(f"Five questions to {model}")
     _show_answers(steps.at_first(), steps.shown())
     terminal.step("Asking it all test questions")
     before = steps.before()
@@ -114,7 +114,7 @@ def demo(
     after = steps.after()
     terminal.step("Before and after")
     terminal.show_figures({"before": before, "after": after})
-    terminal.step("The same five questions, about entities that it was not trained on either")
+    terminal.step("The same five questions, about entities that were never trained on")
     _show_answers(steps.trained(), steps.shown())
     terminal.show_next_steps(out)
 

@@ -199,9 +199,9 @@ def _conditions(where: list[str]) -> dict[str, Any] | None:
 
 def mine(
     examples: Annotated[Path, typer.Argument(help="JSONL of examples.")],
-    model: ModelOption,
     index: IndexOption,
     out: Annotated[Path, typer.Option(help="JSONL of examples with negatives to write.")],
+    model: ModelOption = DEFAULT_MODEL,
     count: Annotated[int, typer.Option(min=1, help="Most negatives of a retrieval.")] = 8,
     first_rank: Annotated[int, typer.Option(min=1, help="The first rank that is looked at.")] = 1,
     last_rank: Annotated[int, typer.Option(min=1, help="The last rank that is looked at.")] = 100,

@@ -4,6 +4,7 @@ Whatever FAISS proposes is scored again with the stored vectors, so that a score
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ _ADVICE = f"use {', '.join(KINDS)} or a factory string such as 'IVF1024,SQ8'"
 
 
 def _reason(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1].split("Error: ")[-1]
+    """What FAISS says, without where in its source it says so."""
+    return re.sub(r".*(Error: |\.(cpp|h):\d+: )", "", str(error).strip().splitlines()[-1])
 
 
 class AnnFile:

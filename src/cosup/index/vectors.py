@@ -19,8 +19,8 @@ from cosup.index.mapped import MappedFile
 from cosup.index.protocol import Rows, Vectors
 
 _BLOCK = 1 << 16  # rows copied at a time
+_DECODED = 1 << 9  # rows decoded at a time: what stays in a core's cache
 _PRODUCTS = 1 << 24  # scores in memory at a time: 64 MiB
-_DECODED = 1 << 9  # of them, rows decoded at a time: what stays in a core's cache
 _QUERIES = 256  # multiplied at a time
 _FEW = 12  # queries: for fewer, the product turned round is up to four times as quick
 _MARGIN = 16  # candidates scored exactly beyond those asked for

@@ -86,8 +86,6 @@ class CoSupModel(nn.Module):
             _use_packed_attention(part)
         same = gen.config.hidden_size == emb.config.hidden_size
         self.projection = None if same else nn.Linear(emb.config.hidden_size, gen.config.hidden_size, bias=False)
-        if self.projection is not None:  # passages start as alike as Emb_seq has them
-            nn.init.orthogonal_(self.projection.weight)
         if self.settings.pooling == "auto":
             pooling = "last" if is_decoder(body_of(emb)) else "mean"
             self.settings = self.settings.model_copy(update={"pooling": pooling})
@@ -210,7 +208,7 @@ class CoSupModel(nn.Module):
         """Opens a model folder, or the finished model of a run folder, for inference; adapters are merged.
 
         Args:
-            folder: written by `save` or `cosup train`.
+            folder: written by `save` or `cosup train`, or the released model's name.
             dtype: `auto` is bfloat16 where the hardware multiplies in it, else float32.
             device: `cuda` where there is one, else `cpu`.
 
@@ -259,7 +257,10 @@ class CoSupModel(nn.Module):
         if section.lora is not None:
             control = Template(tokenizer, settings=template)
             gen, emb = adapters.adapted(section, gen, emb, rows=[control.ret, control.cs, control.ce])
-        return cls(gen, emb, tokenizer=tokenizer, emb_tokenizer=emb_tokenizer, settings=settings)
+        model = cls(gen, emb, tokenizer=tokenizer, emb_tokenizer=emb_tokenizer, settings=settings)
+        if model.projection is not None:  # passages start as alike as Emb_seq has them
+            nn.init.orthogonal_(model.projection.weight)
+        return model
 
     @classmethod
     def _going_on(cls, section: ModelSection, *, retriever: bool) -> Self:

@@ -1,0 +1,82 @@
+"""The kept figures of experiments and the page that is written of them."""
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "experiments" / "results.py"
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = spec_from_file_location("results", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HERE", tmp_path / "results")
+    monkeypatch.setattr(module, "PAGE", tmp_path / "results.md")
+    (tmp_path / "results").mkdir()
+    return module
+
+
+def figure(value: float | None) -> dict[str, Any]:
+    return {"value": value, "count": 40, "low": None if value is None else value - 0.1, "high": value}
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    folder = tmp_path / "experiment"
+    for name, correct in {"released-0": 0.5, "released-none-0": 0.25}.items():
+        run = folder / "evaluations" / name
+        (run / "nq").mkdir(parents=True)
+        settings = {"name": name, "index": {"passages": 5000}, "options": {"max_new_tokens": 17}, "tasks": {"nq": {}}}
+        (run / "run.json").write_text(json.dumps(settings))
+        found = {"forced_success@1": 0.625, "bm25_success@1": 0.375, "answer_in_text": correct, "well_formed": 1.0}
+        found |= {"claim_words": None}
+        (run / "nq" / "figures.json").write_text(json.dumps({key: figure(value) for key, value in found.items()}))
+    (folder / "baselines.json").write_text(json.dumps({"all-minilm-l6-v2": {"nq": {"value": 0.75, "count": 40}}}))
+    return folder
+
+
+def run(results: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["results.py", *arguments])
+    results.main()
+
+
+def test_what_is_kept_is_what_the_page_shows(
+    results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(results, monkeypatch, "--keep", str(experiment), "--as", "some", "--hardware", "a slide rule")
+    page = results.PAGE.read_text()
+    assert "retrieval among 5,000 passages" in page
+    assert "a slide rule" in page
+    assert "| NQ | 40 | 0.625 [0.525, 0.625] |  |  | 0.375 | 0.750 |" in page
+    assert "at most 17 tokens" in page
+    assert "| NQ | 40 | 0.500 [0.400, 0.500] | answer presence in the whole answer | 1.000 |  |  |" in page
+    assert "| NQ | 0.500 | 0.250 |" in page
+    assert "<svg" in results.PAGE.with_suffix(".svg").read_text()
+    run(results, monkeypatch, "--check")
+    results.PAGE.write_text(page + "by hand")
+    with pytest.raises(SystemExit, match="stale"):
+        run(results, monkeypatch, "--check")
+
+
+def test_a_run_that_is_not_finished_is_not_kept(
+    results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (experiment / "evaluations" / "released-none-0" / "nq" / "figures.json").unlink()
+    for folder, missing in (
+        (experiment, "released-none-0/nq/figures.json"),
+        (experiment / "nowhere", "evaluations/*/run.json"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            run(results, monkeypatch, "--keep", str(folder), "--as", "some")
+        assert refused.value.code == 2
+        assert missing in capsys.readouterr().err
+    assert not list(results.HERE.iterdir())
