@@ -27,7 +27,7 @@ BASELINE = "all-minilm-l6-v2"
 DROPPED = ("model", "versions", "tasks", "created", "own_candidates")
 
 Kept = dict[str, Any]
-"""One experiment: `hardware`, `command`, `date`, `runs` by name, and `baselines` by name and data set."""
+"""One experiment: `hardware`, `command`, `date`, `runs` by name, `baselines` by name and data set, `cells` as text."""
 
 
 def main() -> None:
@@ -64,12 +64,13 @@ def unfinished(folder: Path) -> Path | None:
 def keep(folder: Path, path: Path, hardware: str, command: str) -> None:
     """Writes the figures of all evaluation runs of an experiment folder as one file."""
     runs = {run.name: figures_of(run) for run in sorted((folder / "evaluations").iterdir())}
-    baselines = folder / "baselines.json"
+    baselines, cells = folder / "baselines.json", folder / "cells.md"
     kept = {
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": hardware,
         "command": command,
         "baselines": json.loads(baselines.read_text("utf-8")) if baselines.is_file() else {},
+        "cells": cells.read_text("utf-8") if {"cosup-0", "separate-0"} <= set(runs) else "",
         "runs": runs,
     }
     with atomic_file(path) as file:
@@ -83,17 +84,83 @@ def figures_of(run: Path) -> dict[str, Any]:
     for name in settings["tasks"]:
         figures = json.loads((run / name / "figures.json").read_text("utf-8"))
         tasks[name] = {key: figure for key, figure in figures.items() if figure["value"] is not None}
+    if (run / "training.jsonl").is_file():
+        settings["training"] |= spent((run / "training.jsonl").read_text("utf-8"))
     return {key: value for key, value in settings.items() if key not in DROPPED} | {"tasks": tasks}
+
+
+def spent(log: str) -> dict[str, float]:
+    """Steps, minutes and real tokens of a training, by its log."""
+    tokens = since = 0.0
+    for row in map(json.loads, log.splitlines()):
+        if "tokens_per_second" in row:
+            tokens += 60 * (row["minutes"] - since) * row["tokens_per_second"]
+            step, since = row["step"], row["minutes"]
+    return {"steps": step, "minutes": since, "tokens": round(tokens)}
 
 
 def page(experiments: list[Kept]) -> tuple[str, str]:
     """docs/results.md, and the drawing that it shows."""
     released = [kept for kept in experiments if "released-0" in kept["runs"]]
     parts = ["# Results", "", "Written by `python experiments/results.py` from `experiments/results/`.", ""]
-    parts += ["![Retrieval of the released model, of BM25 and of all-MiniLM-L6-v2](results.svg)", ""]
+    for kept in experiments:
+        if kept.get("cells"):
+            parts += [*compared(kept), *conditions(kept), *trained(kept)]
+    if released:
+        parts += ["![Retrieval of the released model, of BM25 and of all-MiniLM-L6-v2](results.svg)", ""]
     for kept in released:
         parts += [*retrieval(kept), *answers(kept), *ways(kept)]
     return "\n".join(parts).rstrip() + "\n", drawn(released)
+
+
+def compared(kept: Kept) -> list[str]:
+    """The 13 cells of co-supervision against separate training."""
+    return [
+        "## Co-supervision against separate training",
+        "",
+        f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. Both see the same examples in the same order; "
+        "`separate` trains one Gen for writing and another, with Emb_seq, for retrieval. Means over seeds.",
+        "",
+        *kept["cells"].splitlines(),
+        "",
+    ]
+
+
+def conditions(kept: Kept) -> list[str]:
+    """What every condition retrieves and answers, with the first seed."""
+    runs = {name.removesuffix("-0"): run["tasks"] for name, run in kept["runs"].items() if name.endswith("-0")}
+    minilm = kept["baselines"].get(BASELINE, {})
+    found = {name: tasks for name, tasks in runs.items() if any("forced_success@1" in f for f in tasks.values())}
+    lines = ["Success@1 of every condition, forced, first seed:", ""]
+    lines += header(["data set", *found, "BM25", "all-MiniLM-L6-v2"])
+    for task in by_gold(kept["runs"]["cosup-0"]):
+        cells = [value(tasks[task], "forced_success@1") for tasks in found.values()]
+        cells += [
+            value(runs["cosup"][task], "bm25_success@1"),
+            f"{minilm[task]['value']:.3f}" if task in minilm else "",
+        ]
+        lines.append(f"| {title(task)} | {' | '.join(cells)} |")
+    lines += ["", "The share of their answers that is correct, first seed:", "", *header(["data set", *runs])]
+    for task, figures in runs["cosup"].items():
+        if name := correctness(task, figures):
+            lines.append(f"| {title(task)} | {' | '.join(value(tasks[task], name) for tasks in runs.values())} |")
+    return [*lines, ""]
+
+
+def trained(kept: Kept) -> list[str]:
+    """What each training took."""
+    lines = ["What each training took:", "", *header(["run", "objective", "steps", "real tokens", "minutes"])]
+    for name, run in kept["runs"].items():
+        training = run.get("training") or {}
+        if "steps" in training and name == training["name"]:
+            figures = f"{training['steps']} | {training['tokens']:,} | {training['minutes']:.1f}"
+            lines.append(f"| {name} | {training['objective']} | {figures} |")
+    return [*lines, ""]
+
+
+def header(columns: list[str]) -> list[str]:
+    """The head of a table of figures."""
+    return [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
 
 
 def retrieval(kept: Kept) -> list[str]:
@@ -110,7 +177,6 @@ def retrieval(kept: Kept) -> list[str]:
     ]
     for task in by_gold(run):
         figures = run["tasks"][task]
-        minilm = kept["baselines"].get(BASELINE, {}).get(task)
         cells = [
             title(task),
             f"{figures['forced_success@1']['count']:,}",
@@ -118,7 +184,7 @@ def retrieval(kept: Kept) -> list[str]:
             value(figures, "forced_success@5"),
             value(figures, "free_success@1"),
             value(figures, "bm25_success@1"),
-            f"{minilm['value']:.3f}" if minilm else "",
+            value(kept["baselines"].get(BASELINE, {}), task),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]

@@ -3,14 +3,13 @@ from collections import Counter
 import pytest
 
 from cosup.config import UserError
-from cosup.data.convert import CLAIM_WORDS, DEFAULT_RULE, TASKS, convert, rule_of, stating
+from cosup.data.convert import DEFAULT_RULE, TASKS, convert, rule_of
 from cosup.data.records import Evidence, Example, Passage, QAPair, Question
 
 TITLES = {"p1": "One", "p2": "Two", "p3": "Three", "n1": "None"}
 PASSAGES = {id: Passage(id, "It says nothing of the kind.", title) for id, title in TITLES.items()}
-SHORT = ("answer", "sentence")  # no sentence of these passages holds an answer
-ALTERNATIVES = sorted(task for task, rule in TASKS.items() if rule.golds == "alternatives" and rule.claim in SHORT)
-HOPS = sorted(task for task, rule in TASKS.items() if rule.golds == "hops" and rule.claim in SHORT)
+ALTERNATIVES = sorted(task for task, rule in TASKS.items() if rule.golds == "alternatives" and rule.claim == "answer")
+HOPS = sorted(task for task, rule in TASKS.items() if rule.golds == "hops" and rule.claim == "answer")
 LONG = sorted(task for task, rule in TASKS.items() if rule.golds == "alternatives" and rule.claim == "long_answer")
 LONG_HOPS = ["worldfacts-hop"]
 
@@ -54,41 +53,6 @@ def test_long_answers_are_the_claims_of_tasks_that_ask_for_detail(task):
 @pytest.mark.parametrize("task", ["fever", "fm2"])
 def test_the_verdict_is_the_claim_of_a_statement(task):
     assert _response(_question(task, answers=["REFUTES"], label="REFUTES")) == (Evidence("p1", "REFUTES"),)
-
-
-@pytest.mark.parametrize("task", ["squad", "newwiki", "nq", "triviaqa", "hotpotqa", "musique"])
-def test_the_sentence_that_holds_the_answer_is_the_claim(task):
-    text = "Iron is a metal. Its symbol is Fe, from ferrum. It rusts."
-    question = _question(task, answers=["Fe", "ferrum"], gold=["p2"] if task in ALTERNATIVES else ["p1", "p2"])
-    assert _response(question, PASSAGES | {"p2": Passage("p2", text)})[-1].claim == "Its symbol is Fe, from ferrum."
-
-
-def test_of_the_sentences_that_hold_an_answer_the_one_on_the_question_is_claimed():
-    text = "He left Paris in 1921. The bridge was opened in 1921 by the king. In 1921 it rained."
-    assert stating("1921", text, "When was the bridge opened?") == "The bridge was opened in 1921 by the king."
-    assert stating("1921", text, "When?") == "He left Paris in 1921."
-
-
-def test_an_answer_is_looked_for_as_words_of_its_own_in_any_case():
-    assert stating("iron", "Irony is no metal. Iron is one.", "Which?") == "Iron is one."
-    assert stating("steel", "Iron is one.", "Which?") == "steel"
-    assert stating("C++ (1985)", "It was C++ (1985) that won.", "Which?") == "It was C++ (1985) that won."
-
-
-def test_a_long_sentence_is_cut_at_punctuation_around_the_answer():
-    long = (
-        "Built by hand, " + "on and " * 9 + "on, the tower of Oslo has 39 floors, all of them " + "very " * 19 + "old."
-    )
-    assert stating("39", long, "How many floors?") == "the tower of Oslo has 39 floors"
-
-
-@pytest.mark.parametrize("before", [0, 3, 19, 20, 40])
-def test_a_claim_holds_the_answer_and_no_more_words_than_allowed(before):
-    sentence = "so " * before + "The Answer" + " on" * 40 + "."
-    claim = stating("the answer", sentence, "What?")
-    assert "The Answer" in claim
-    assert len(claim.split()) == CLAIM_WORDS
-    assert stating("on " * 30 + "on", sentence, "What?") == "on " * 30 + "on"  # longer than a claim: as it is
 
 
 def test_negatives_go_with_every_retrieval():

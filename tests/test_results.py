@@ -1,6 +1,7 @@
 """The kept figures of experiments and the page that is written of them."""
 
 import json
+import shutil
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -65,6 +66,33 @@ def test_what_is_kept_is_what_the_page_shows(
     results.PAGE.write_text(page + "by hand")
     with pytest.raises(SystemExit, match="stale"):
         run(results, monkeypatch, "--check")
+
+
+def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took(
+    results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(experiment / "evaluations" / "released-none-0")
+    (experiment / "evaluations" / "released-0").rename(experiment / "evaluations" / "cosup-0")
+    for name, found in {"separate-0": {"forced_success@1": 0.5}, "cosup-none-0": {"answer_in_text": 0.125}}.items():
+        run_folder = experiment / "evaluations" / name
+        (run_folder / "nq").mkdir(parents=True)
+        training = {"name": name if name == "separate-0" else "cosup-0", "objective": "separate"}
+        (run_folder / "run.json").write_text(json.dumps({"name": name, "tasks": {"nq": {}}, "training": training}))
+        (run_folder / "nq" / "figures.json").write_text(json.dumps({k: figure(v) for k, v in found.items()}))
+        rows = [{"step": 5, "minutes": 1.0, "tokens_per_second": 100.0}, {"step": 8, "minutes": 1.5}]
+        rows.insert(1, {"step": 8, "minutes": 1.5, "tokens_per_second": 300.0})
+        (run_folder / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (experiment / "cells.md").write_text("| the cells |\n")
+    run(results, monkeypatch, "--keep", str(experiment), "--as", "main", "--hardware", "a slide rule")
+    page = results.PAGE.read_text()
+    assert "| the cells |" in page
+    assert "| data set | cosup | separate | BM25 | all-MiniLM-L6-v2 |" in page
+    assert "| NQ | 0.625 | 0.500 | 0.375 | 0.750 |" in page
+    assert "| data set | cosup | cosup-none | separate |" in page
+    assert "| NQ | 0.500 | 0.125 |  |" in page
+    assert "| separate-0 | separate | 8 | 15,000 | 1.5 |" in page
+    assert "| cosup-none-0 |" not in page
+    assert "released model" not in page
 
 
 def test_a_run_that_is_not_finished_is_not_kept(

@@ -1,17 +1,12 @@
 """From questions to training examples: a table gives each task its instruction, claim and golds."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from cosup.config import UserError
-from cosup.data.documents import sentences
 from cosup.data.records import Evidence, Example, Passage, Question
-
-CLAIM_WORDS = 20
-"""Longest claim that is taken from a passage, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +15,12 @@ class TaskRule:
 
     Args:
         instruction: what Gen is told before the question.
-        claim: what it is to write: the first short answer, the first long one, or of the last passage's sentences the
-            one that holds the first short answer, cut to `CLAIM_WORDS`; that answer alone where no sentence holds it.
+        claim: what it is to write: the first short answer or the first long one.
         golds: whether several gold passages are alternatives, any of which will do, or hops, all needed in order.
     """
 
     instruction: str
-    claim: Literal["answer", "long_answer", "sentence"] = "answer"
+    claim: Literal["answer", "long_answer"] = "answer"
     golds: Literal["alternatives", "hops"] = "alternatives"
 
 
@@ -36,15 +30,15 @@ _TRUE_OR_FALSE = "Is the statement true or false?"
 _EXPLAIN = "Answer the question in detail."
 
 TASKS: dict[str, TaskRule] = {
-    "squad": TaskRule(_ANSWER, claim="sentence"),
-    "newwiki": TaskRule(_ANSWER, claim="sentence"),
-    "nq": TaskRule(_ANSWER, claim="sentence"),
-    "triviaqa": TaskRule(_ANSWER, claim="sentence"),
+    "squad": TaskRule(_ANSWER),
+    "newwiki": TaskRule(_ANSWER),
+    "nq": TaskRule(_ANSWER),
+    "triviaqa": TaskRule(_ANSWER),
     "selqa": TaskRule(_ANSWER),
     "zsre": TaskRule(_ANSWER),
     "trex": TaskRule(_ANSWER),
-    "hotpotqa": TaskRule(_ANSWER, claim="sentence", golds="hops"),
-    "musique": TaskRule(_ANSWER, claim="sentence", golds="hops"),
+    "hotpotqa": TaskRule(_ANSWER, golds="hops"),
+    "musique": TaskRule(_ANSWER, golds="hops"),
     "fever": TaskRule(_VERIFY),
     "fm2": TaskRule(_VERIFY),
     "asqa": TaskRule(_EXPLAIN, claim="long_answer"),
@@ -103,58 +97,7 @@ def _claims(question: Question, passages: Mapping[str, Passage]) -> list[str]:
     if not final:
         return []
     hops = question.gold if rule.golds == "hops" else question.gold[:1]
-    claim = final[0]
-    if rule.claim == "sentence" and hops:
-        claim = stating(claim, passages[hops[-1]].text, question.question)
-    return [*_bridges(question, passages), claim] if len(hops) > 1 else [claim]
-
-
-def stating(answer: str, text: str, question: str) -> str:
-    """What a text says that holds an answer: of its sentences with the answer, the one most like the question.
-
-    It is cut to `CLAIM_WORDS` words around the answer, at punctuation where that is possible.
-
-    Args:
-        answer: as it stands in the text, in any case.
-        text: of a passage.
-        question: whose words decide between several sentences.
-
-    Returns:
-        That claim; the answer itself where no sentence has it.
-    """
-    holding = [sentence for sentence in sentences(text) if _place(answer, sentence)]
-    if not holding:
-        return answer
-    asked = _words(question) - _words(answer)
-    best = max(holding, key=lambda sentence: len(asked & _words(sentence)))  # of equals, the first
-    return _cut(best, answer)
-
-
-def _cut(sentence: str, answer: str) -> str:
-    place = _place(answer, sentence)
-    assert place is not None
-    words = sentence.split()
-    first = len(sentence[: place.start()].split())
-    last = first + len(place[0].split())
-    if last - first > CLAIM_WORDS:
-        return answer
-    ends = [0, *(n for n, word in enumerate(words, 1) if word[-1] in ",;:.!?)" or n == len(words))]
-    spans = [(start, end) for start in ends for end in ends if start <= first and last <= end <= start + CLAIM_WORDS]
-    if spans:
-        start, end = max(spans, key=lambda span: span[1] - span[0])
-    else:
-        start = max(max(n for n in ends if n <= first), last - CLAIM_WORDS)
-        end = min(start + CLAIM_WORDS, len(words))
-    return " ".join(words[start:end]).rstrip(",;: ")
-
-
-def _place(answer: str, sentence: str) -> re.Match[str] | None:
-    """Where an answer stands in a sentence, as words of its own."""
-    return re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", sentence, re.IGNORECASE) if answer.strip() else None
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.casefold()))
+    return [*_bridges(question, passages), final[0]] if len(hops) > 1 else [final[0]]
 
 
 def _bridges(question: Question, passages: Mapping[str, Passage]) -> list[str]:
