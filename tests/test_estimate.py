@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 from cosup.cli import app
 from cosup.config import Recipe, UserError, dump_recipe, load_recipe, parse_recipe
 from cosup.data import Evidence, Example, Passage, write_records
-from cosup.model import CoSupModel, compute_dtype
+from cosup.model import CoSupModel, compute_dtype, tokens_of
 from cosup.model.lms import body_of
 from cosup.train import estimate_run, start_model, train_recipe
-from cosup.train.estimate import expected_memory, timing, tokens_of
+from cosup.train.estimate import expected_memory, timing
 from cosup.train.estimate.memory import _counting
 from cosup.train.estimate.sample import _assumed, sample_of
 from cosup.train.estimate.sketches import bytes_of

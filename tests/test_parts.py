@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_train import Interrupt, StoppedError, corpus, recipe, rows_of, with_train
 
@@ -10,7 +11,9 @@ from cosup.config import Recipe, TrainSection, UserError, parse_recipe
 from cosup.data import Example, Passage
 from cosup.engine import Engine, Options
 from cosup.index import build_index
-from cosup.model import CoSupModel
+from cosup.model import CoSupModel, chunks, tokens_of
+from cosup.model.lms import body_of
+from cosup.model.packing import packed
 from cosup.train import collate, start_model, train_recipe
 
 __all__ = ["corpus", "recipe"]  # fixtures
@@ -102,6 +105,25 @@ def test_a_model_with_a_separate_retriever_queries_with_it_and_answers(
     nearest = [hit.id for hit in index.search(before, 3)[0]]
     retrieved = response.retrieved[0]
     assert [getattr(hit, "id", hit) for hit in retrieved] == nearest
+
+
+def test_a_separate_retriever_reads_each_sequence_up_to_its_last_query(
+    recipe: dict, passages: list[Passage], examples: list[Example]
+) -> None:
+    model = start_model(with_train(recipe, objective="separate")).double()
+    both, separate = (
+        collate(model.template, examples, {p.id: p for p in passages}, TrainSection(objective=objective))
+        for objective in ("ntp+nsp", "separate")
+    )
+    whole_SD = packed(body_of(model.emb), both["gen_ids"], both["gen_lengths"])
+    queries_KD = model(separate).queries_KD
+    torch.testing.assert_close(queries_KD, model.comparable(whole_SD[both["ret_positions"]]))
+    assert separate["gen_lengths"] == both["gen_lengths"]
+    assert sum(separate["query_lengths"]) < sum(both["gen_lengths"])
+    assert separate["query_lengths"][-1] == 1  # of an example that retrieves nothing
+    assert tokens_of(separate) == tokens_of(both) + sum(separate["query_lengths"])
+    parts = chunks(separate, 2, count=2)
+    torch.testing.assert_close(torch.cat([model(part).queries_KD for part in parts]), queries_KD)
 
 
 def test_separate_training_with_another_emb_seq_is_refused(recipe: dict, tiny_lm: Path) -> None:

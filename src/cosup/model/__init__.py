@@ -3,7 +3,7 @@
 from cosup.model.core import CoSupModel, Output
 from cosup.model.folders import ModelSettings
 from cosup.model.lms import Dtype, body_of, compute_dtype, find_model, keep_freed_memory
-from cosup.model.packing import Batch, batches_by_tokens, chunk_count, chunks, pack
+from cosup.model.packing import Batch, batches_by_tokens, chunk_count, chunks, pack, tokens_of
 from cosup.model.published import import_published
 from cosup.model.shapes import sketch
 
@@ -23,4 +23,5 @@ __all__ = [
     "keep_freed_memory",
     "pack",
     "sketch",
+    "tokens_of",
 ]

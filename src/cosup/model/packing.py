@@ -24,15 +24,19 @@ class Batch(TypedDict):
     """Packed sequences of one step, or of a part of it; see `cosup.train.Collator`.
 
     `gen_ids` [S] and `gen_lengths`: Gen's sequences. `label_positions` [L] and `labels` [L]: which states predict what;
-    absent where `ntp` is not trained. Absent where `nsp` is not: `ret_positions` [K], the states that query; `emb_ids`
-    and `emb_lengths`, the N distinct passages; `candidates` [N], their keys, `NOBODY` where a sequence stands for none;
-    `gold` [K], the keys to find; `ignored` [2, I], pairs of a query and a key neither label nor negative for it.
+    absent where `ntp` is not trained. `query_ids` and `query_lengths`: the same sequences up to their last queries,
+    which a separate retriever reads; absent where there is none. Absent where `nsp` is not: `ret_positions` [K], the
+    states that query, of the retriever's sequences or Gen's; `emb_ids` and `emb_lengths`, the N distinct passages;
+    `candidates` [N], their keys, `NOBODY` where a sequence stands for none; `gold` [K], the keys to find; `ignored`
+    [2, I], pairs of a query and a key neither label nor negative for it.
     """
 
     gen_ids: Tensor
     gen_lengths: list[int]
     label_positions: NotRequired[Tensor]
     labels: NotRequired[Tensor]
+    query_ids: NotRequired[Tensor]
+    query_lengths: NotRequired[list[int]]
     ret_positions: NotRequired[Tensor]
     emb_ids: NotRequired[Tensor]
     emb_lengths: NotRequired[list[int]]
@@ -73,6 +77,11 @@ def pack(rows: Sequence[Labelled], *, labels: bool = True) -> Batch:
     return batch
 
 
+def tokens_of(batch: Batch) -> int:
+    """How many tokens all models read of a batch."""
+    return len(batch["gen_ids"]) + len(batch.get("query_ids", ())) + len(batch.get("emb_ids", ()))
+
+
 def chunk_count(batch: Batch, size: int) -> int:
     """How many chunks `chunks` makes of a batch."""
     longest = max(len(batch["gen_lengths"]), len(batch.get("emb_lengths", ())))
@@ -102,6 +111,14 @@ def _chunk(batch: Batch, rows: range) -> Batch:
     if "labels" in batch:
         here_L = _within(batch["label_positions"], start, stop)
         part["label_positions"], part["labels"] = batch["label_positions"][here_L] - start, batch["labels"][here_L]
+    if "query_ids" in batch:
+        start, stop = _span(batch["query_lengths"], rows)
+        part["query_ids"], part["query_lengths"] = (
+            batch["query_ids"][start:stop],
+            batch["query_lengths"][rows.start : rows.stop],
+        )
+        if not part["query_lengths"]:
+            part["query_ids"], part["query_lengths"] = batch["query_ids"][:1], [1]
     if "emb_ids" in batch:
         part["ret_positions"] = batch["ret_positions"][_within(batch["ret_positions"], start, stop)] - start
         first, last = _span(batch["emb_lengths"], rows)

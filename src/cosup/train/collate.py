@@ -32,12 +32,15 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch of these examples."""
-        if self.section.objective == "nsp":
-            rows = [up_to_the_last_query(row) for row in rows]
-        batch = pack(rows, labels=self.section.objective != "nsp")
+        objective = self.section.objective
+        asking = [up_to_the_last_query(row) for row in rows]
+        batch = pack(asking if objective == "nsp" else rows, labels=objective != "nsp")
         batch["example_ids"] = [row.id for row in rows]
-        if self.section.objective != "ntp":
-            self._add_candidates(batch, rows)
+        if objective == "separate":
+            asked = pack(asking, labels=False)
+            batch["query_ids"], batch["query_lengths"] = asked["gen_ids"], asked["gen_lengths"]
+        if objective != "ntp":
+            self._add_candidates(batch, rows if objective == "ntp+nsp" else asking)
         return batch
 
     def _add_candidates(self, batch: Batch, rows: Sequence[Row]) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer import SCHEDULER_NAME
 from cosup.config import TrainSection, UserError
 from cosup.files import atomic_file
 from cosup.losses import several_processes
-from cosup.model import Batch, CoSupModel
+from cosup.model import Batch, CoSupModel, tokens_of
 from cosup.train.checkpoints import UNFINISHED, finish_checkpoint, load_trained, newest_checkpoint, save_trained
 from cosup.train.collate import Collator
 from cosup.train.optimizer import adamw
@@ -158,7 +158,7 @@ class CoSupTrainer(Trainer):
             raise self._stopped(f"the loss became {loss.item()}")
         self._sums.update(metrics)
         self._sums["steps"] += 1
-        self._sums["tokens"] += len(inputs["gen_ids"]) + sum(inputs.get("emb_lengths", ()))
+        self._sums["tokens"] += tokens_of(inputs)
 
     def _stopped(self, what: str) -> UserError:
         good = newest_checkpoint(Path(str(self.args.output_dir)))

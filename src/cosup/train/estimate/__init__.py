@@ -7,7 +7,7 @@ models with random weights, extrapolated likewise.
 
 from cosup.train.estimate.memory import Memory, expected_memory
 from cosup.train.estimate.run import Estimate, estimate_run, expectations
-from cosup.train.estimate.sample import Sample, first_batches, tokens_of
+from cosup.train.estimate.sample import Sample, first_batches
 
 __all__ = [
     "Estimate",
@@ -17,5 +17,4 @@ __all__ = [
     "expectations",
     "expected_memory",
     "first_batches",
-    "tokens_of",
 ]

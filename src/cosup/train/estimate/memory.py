@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from cosup.config import Recipe
-from cosup.model import Batch, CoSupModel, chunk_count, chunks
+from cosup.model import Batch, CoSupModel, chunk_count, chunks, tokens_of
 from cosup.model.lms import body_of
-from cosup.train.estimate.sample import tokens_of
 from cosup.train.estimate.sketches import CUT, bytes_of, cut, local_device, moved_to, sketched, whole_depth
 
 

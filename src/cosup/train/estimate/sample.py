@@ -7,7 +7,7 @@ from statistics import fmean
 import torch
 
 from cosup.config import Recipe, UserError
-from cosup.model import Batch
+from cosup.model import Batch, tokens_of
 from cosup.model.lms import load_tokenizer
 from cosup.template import Template, TemplateSettings, with_control_tokens
 from cosup.train.collate import Collator, NeighbourSampler
@@ -40,11 +40,6 @@ class Sample:
     def tokens(self) -> float:
         """Mean number of tokens in a batch."""
         return fmean(map(tokens_of, self.batches))
-
-
-def tokens_of(batch: Batch) -> int:
-    """Real tokens of a step: Gen's and Emb_seq's."""
-    return len(batch["gen_ids"]) + sum(batch.get("emb_lengths", ()))
 
 
 def first_batches(recipe: Recipe, data: TrainingData, *, processes: int = 1, count: int = SAMPLED) -> list[Batch]:
@@ -86,6 +81,8 @@ def _assumed(recipe: Recipe, examples: int) -> Batch:
     if recipe.train.objective != "nsp":
         places = torch.arange(examples * length).view(examples, length)[:, :labelled].flatten()
         batch["label_positions"], batch["labels"] = places, torch.zeros(len(places), dtype=torch.long)
+    if recipe.train.objective == "separate":
+        batch["query_ids"], batch["query_lengths"] = batch["gen_ids"], batch["gen_lengths"]
     if recipe.train.objective != "ntp":
         batch["ret_positions"] = torch.arange(examples) * length
         batch["emb_ids"] = torch.zeros(examples * section.max_passage_tokens, dtype=torch.long)
