@@ -55,10 +55,10 @@ def main() -> None:
 
 def unfinished(folder: Path) -> Path | None:
     """A file of figures that an experiment folder still lacks; None where it has all."""
-    expected = folder / "evaluations" / "*" / "run.json"
     runs = sorted(folder.glob("evaluations/*/run.json"))
-    figures = (run.parent / task / "figures.json" for run in runs for task in json.loads(run.read_text())["tasks"])
-    return next((path for path in figures if not path.is_file()), None) if runs else expected
+    figures = [run.parent / task / "figures.json" for run in runs for task in json.loads(run.read_text())["tasks"]]
+    expected = [*figures, folder / "cells.md"] if runs else [folder / "evaluations" / "*" / "run.json"]
+    return next((path for path in expected if not path.is_file()), None)
 
 
 def keep(folder: Path, path: Path, hardware: str, command: str) -> None:
@@ -70,7 +70,7 @@ def keep(folder: Path, path: Path, hardware: str, command: str) -> None:
         "hardware": hardware,
         "command": command,
         "baselines": json.loads(baselines.read_text("utf-8")) if baselines.is_file() else {},
-        "cells": cells.read_text("utf-8") if {"cosup-0", "separate-0"} <= set(runs) else "",
+        "cells": cells.read_text("utf-8"),
         "runs": runs,
     }
     with atomic_file(path) as file:
@@ -96,7 +96,7 @@ def spent(log: str) -> dict[str, float]:
         if "tokens_per_second" in row:
             tokens += 60 * (row["minutes"] - since) * row["tokens_per_second"]
             step, since = row["step"], row["minutes"]
-    return {"steps": step, "minutes": since, "tokens": round(tokens)}
+    return {"steps": step, "minutes": since, "tokens": round(tokens, -3)}
 
 
 def page(experiments: list[Kept]) -> tuple[str, str]:
@@ -119,7 +119,8 @@ def compared(kept: Kept) -> list[str]:
         "## Co-supervision against separate training",
         "",
         f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. Both see the same examples in the same order; "
-        "`separate` trains one Gen for writing and another, with Emb_seq, for retrieval. Means over seeds.",
+        "`separate` trains Gen to write, by `ntp`, and apart from it one other LM, by `nsp`, that encodes questions "
+        "and passages. Means over seeds; TriviaQA's gold is silver; some questions of SQuAD and WoW share passages.",
         "",
         *kept["cells"].splitlines(),
         "",
@@ -130,7 +131,7 @@ def conditions(kept: Kept) -> list[str]:
     """What every condition retrieves and answers, with the first seed."""
     runs = {name.removesuffix("-0"): run["tasks"] for name, run in kept["runs"].items() if name.endswith("-0")}
     minilm = kept["baselines"].get(BASELINE, {})
-    found = {name: tasks for name, tasks in runs.items() if any("forced_success@1" in f for f in tasks.values())}
+    found = {name: runs[name] for name in runs if kept["runs"][f"{name}-0"]["mode"] == "cosup"}
     lines = ["Success@1 of every condition, forced, first seed:", ""]
     lines += header(["data set", *found, "BM25", "all-MiniLM-L6-v2"])
     for task in by_gold(kept["runs"]["cosup-0"]):
@@ -140,20 +141,21 @@ def conditions(kept: Kept) -> list[str]:
             f"{minilm[task]['value']:.3f}" if task in minilm else "",
         ]
         lines.append(f"| {title(task)} | {' | '.join(cells)} |")
-    lines += ["", "The share of their answers that is correct, first seed:", "", *header(["data set", *runs])]
+    lines += ["", "Correctness of their answers, first seed:", "", *header(["data set", "", *runs])]
     for task, figures in runs["cosup"].items():
         if name := correctness(task, figures):
-            lines.append(f"| {title(task)} | {' | '.join(value(tasks[task], name) for tasks in runs.values())} |")
+            cells = [title(task), label_of(name), *(value(tasks[task], name) for tasks in runs.values())]
+            lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def trained(kept: Kept) -> list[str]:
     """What each training took."""
-    lines = ["What each training took:", "", *header(["run", "objective", "steps", "real tokens", "minutes"])]
+    lines = ["What each training took:", "", *header(["run", "objective", "steps", "real tokens, about", "minutes"])]
     for name, run in kept["runs"].items():
         training = run.get("training") or {}
         if "steps" in training and name == training["name"]:
-            figures = f"{training['steps']} | {training['tokens']:,} | {training['minutes']:.1f}"
+            figures = f"{training['steps']} | {training['tokens']:,.0f} | {training['minutes']:.1f}"
             lines.append(f"| {name} | {training['objective']} | {figures} |")
     return [*lines, ""]
 
@@ -172,8 +174,17 @@ def retrieval(kept: Kept) -> list[str]:
         f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. Forced: the state at a `[Ret]` right after the "
         "question. Free: the model's own first retrieval, none of which counts as wrong. In brackets 95 % intervals.",
         "",
-        "| data set | n | success@1, forced | success@5 | success@1, free | BM25, success@1 | all-MiniLM-L6-v2 |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        *header(
+            [
+                "data set",
+                "n",
+                "success@1, forced",
+                "success@5",
+                "success@1, free",
+                "BM25, success@1",
+                "all-MiniLM-L6-v2",
+            ]
+        ),
     ]
     for task in by_gold(run):
         figures = run["tasks"][task]
@@ -222,7 +233,7 @@ def ways(kept: Kept) -> list[str]:
     if len(found) < 2:
         return []
     lines = ["The same model with other retrieval; the share that is correct:", ""]
-    lines += ["| data set | " + " | ".join(names[name] for name in found) + " |", "|---|" + "--:|" * len(found)]
+    lines += header(["data set", *(names[name] for name in found)])
     for task, figures in found["released-0"].items():
         if (name := correctness(task, figures)) and all(task in tasks for tasks in found.values()):
             lines.append(

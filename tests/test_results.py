@@ -36,11 +36,18 @@ def experiment(tmp_path: Path) -> Path:
     for name, correct in {"released-0": 0.5, "released-none-0": 0.25}.items():
         run = folder / "evaluations" / name
         (run / "nq").mkdir(parents=True)
-        settings = {"name": name, "index": {"passages": 5000}, "options": {"max_new_tokens": 17}, "tasks": {"nq": {}}}
+        settings = {
+            "name": name,
+            "mode": "cosup",
+            "index": {"passages": 5000},
+            "options": {"max_new_tokens": 17},
+            "tasks": {"nq": {}},
+        }
         (run / "run.json").write_text(json.dumps(settings))
         found = {"forced_success@1": 0.625, "bm25_success@1": 0.375, "answer_in_text": correct, "well_formed": 1.0}
         found |= {"claim_words": None}
         (run / "nq" / "figures.json").write_text(json.dumps({key: figure(value) for key, value in found.items()}))
+    (folder / "cells.md").write_text("")
     (folder / "baselines.json").write_text(json.dumps({"all-minilm-l6-v2": {"nq": {"value": 0.75, "count": 40}}}))
     return folder
 
@@ -73,11 +80,14 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
 ) -> None:
     shutil.rmtree(experiment / "evaluations" / "released-none-0")
     (experiment / "evaluations" / "released-0").rename(experiment / "evaluations" / "cosup-0")
-    for name, found in {"separate-0": {"forced_success@1": 0.5}, "cosup-none-0": {"answer_in_text": 0.125}}.items():
+    others = {"separate-0": {"forced_success@1": 0.5}, "cosup-bm25-0": {"forced_success@1": 1, "answer_in_text": 0.125}}
+    for name, found in others.items():
         run_folder = experiment / "evaluations" / name
         (run_folder / "nq").mkdir(parents=True)
         training = {"name": name if name == "separate-0" else "cosup-0", "objective": "separate"}
-        (run_folder / "run.json").write_text(json.dumps({"name": name, "tasks": {"nq": {}}, "training": training}))
+        mode = "bm25" if "bm25" in name else "cosup"
+        settings = {"name": name, "mode": mode, "tasks": {"nq": {}}, "training": training}
+        (run_folder / "run.json").write_text(json.dumps(settings))
         (run_folder / "nq" / "figures.json").write_text(json.dumps({k: figure(v) for k, v in found.items()}))
         rows = [{"step": 5, "minutes": 1.0, "tokens_per_second": 100.0}, {"step": 8, "minutes": 1.5}]
         rows.insert(1, {"step": 8, "minutes": 1.5, "tokens_per_second": 300.0})
@@ -88,21 +98,22 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
     assert "| the cells |" in page
     assert "| data set | cosup | separate | BM25 | all-MiniLM-L6-v2 |" in page
     assert "| NQ | 0.625 | 0.500 | 0.375 | 0.750 |" in page
-    assert "| data set | cosup | cosup-none | separate |" in page
-    assert "| NQ | 0.500 | 0.125 |  |" in page
+    assert "| data set |  | cosup | cosup-bm25 | separate |" in page
+    assert "| NQ | answer presence in the whole answer | 0.500 | 0.125 |  |" in page
     assert "| separate-0 | separate | 8 | 15,000 | 1.5 |" in page
-    assert "| cosup-none-0 |" not in page
+    assert "| cosup-bm25-0 |" not in page
     assert "released model" not in page
 
 
 def test_a_run_that_is_not_finished_is_not_kept(
     results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (experiment / "evaluations" / "released-none-0" / "nq" / "figures.json").unlink()
     for folder, missing in (
-        (experiment, "released-none-0/nq/figures.json"),
+        (experiment, "cells.md"),
+        (experiment, "evaluations/released-none-0/nq/figures.json"),
         (experiment / "nowhere", "evaluations/*/run.json"),
     ):
+        (folder / missing).unlink(missing_ok=True)
         with pytest.raises(SystemExit) as refused:
             run(results, monkeypatch, "--keep", str(folder), "--as", "some")
         assert refused.value.code == 2

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[list[Example], list[Example]]] = {
     ),
     "two micro-batches against one": ([cites("a", "p0"), cites("b", "p1")], [cites("c", "p2")]),
 }
-OBJECTIVES: tuple[Objective, ...] = ("ntp+nsp", "nsp")
+OBJECTIVES: tuple[Objective, ...] = ("ntp+nsp", "nsp", "separate")
 WAYS = ("ddp", "ddp in chunks", "fsdp", "fsdp in chunks")
 
 

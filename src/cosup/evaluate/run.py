@@ -202,7 +202,7 @@ def _judge_citations(task: Task, items: Sequence[Item], texts: PassageTexts, nli
 
 
 def _ntp(model: CoSupModel, index: Index, task: Task, folder: Path, counter: Counter) -> Figure:
-    """Measured once: it depends on the model and the questions alone."""
+    """Measured once: it depends on the model, the questions and the rules by which they become examples."""
     path = folder / "ntp.json"
     if path.is_file():
         return Figure(**json.loads(path.read_text("utf-8")))

@@ -129,8 +129,9 @@ class CoSupModel(nn.Module):
         if "emb_ids" not in batch:
             nothing = states_SD.new_zeros((0, self.dim))
             return Output(ntp_sum, count, nothing, nothing)
-        if "query_ids" in batch:
-            states_SD = packed(body_of(self.emb), batch["query_ids"], batch["query_lengths"])
+        if self.settings.retriever or "query_ids" in batch:
+            asked = batch.get("query_ids", batch["gen_ids"]), batch.get("query_lengths", batch["gen_lengths"])
+            states_SD = packed(body_of(self.emb), *asked)
         queries_KD = self.comparable(states_SD[batch["ret_positions"]])
         return Output(ntp_sum, count, queries_KD, self._embed_packed(batch["emb_ids"], batch["emb_lengths"]))
 

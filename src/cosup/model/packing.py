@@ -101,7 +101,7 @@ def chunks(batch: Batch, size: int, *, count: int) -> list[Batch]:
 
 
 def _chunk(batch: Batch, rows: range) -> Batch:
-    start, stop = _span(batch["gen_lengths"], rows)
+    start, stop = asked_from, asked_to = _span(batch["gen_lengths"], rows)
     part: Batch = {
         "gen_ids": batch["gen_ids"][start:stop],
         "gen_lengths": batch["gen_lengths"][rows.start : rows.stop],
@@ -112,15 +112,16 @@ def _chunk(batch: Batch, rows: range) -> Batch:
         here_L = _within(batch["label_positions"], start, stop)
         part["label_positions"], part["labels"] = batch["label_positions"][here_L] - start, batch["labels"][here_L]
     if "query_ids" in batch:
-        start, stop = _span(batch["query_lengths"], rows)
+        asked_from, asked_to = _span(batch["query_lengths"], rows)
         part["query_ids"], part["query_lengths"] = (
-            batch["query_ids"][start:stop],
+            batch["query_ids"][asked_from:asked_to],
             batch["query_lengths"][rows.start : rows.stop],
         )
         if not part["query_lengths"]:
             part["query_ids"], part["query_lengths"] = batch["query_ids"][:1], [1]
     if "emb_ids" in batch:
-        part["ret_positions"] = batch["ret_positions"][_within(batch["ret_positions"], start, stop)] - start
+        here_K = _within(batch["ret_positions"], asked_from, asked_to)
+        part["ret_positions"] = batch["ret_positions"][here_K] - asked_from
         first, last = _span(batch["emb_lengths"], rows)
         part["emb_ids"], part["emb_lengths"] = (
             batch["emb_ids"][first:last],

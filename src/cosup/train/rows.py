@@ -49,7 +49,7 @@ def row_of(example: Example, template: Template, passages: Mapping[str, Passage]
 
 
 def up_to_the_last_query(row: Row) -> Row:
-    """What nsp alone has to read of an example; of one that retrieves nothing, its first token."""
+    """What the queries of an example depend on; of one that retrieves nothing, its first token."""
     length = row.ret[-1] + 1 if row.ret else 1
     return row._replace(ids=row.ids[:length], labels=row.labels[:length])
 

@@ -175,9 +175,8 @@ def _claim(run: Path, recipe: Recipe) -> None:
 
 def _versions() -> dict[str, str]:
     packages = ("cosup", "torch", "transformers", "accelerate", "numpy")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
+    command = ["git", "describe", "--always", "--abbrev=40", "--match=", "--dirty"]  # says where code was not committed
+    commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return {
         **{package: importlib.metadata.version(package) for package in packages},
         "python": platform.python_version(),

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from cosup.config import DataSection, Recipe, UserError
 from cosup.data import Example, Passage, kind_of, read_examples, read_passages, read_questions
-from cosup.data.convert import convert
+from cosup.data.convert import DEFAULT_RULE, TASKS, convert
 from cosup.files import atomic_folder, cache_folder, explained, sha256
 from cosup.template import Template
 from cosup.train.rows import Row, passage_key, row_of
@@ -177,6 +177,7 @@ def _name(recipe: Recipe, template: Template) -> str:
     named = (section.passages, section.train, section.dev)
     depends = {
         "format": _FORMAT,
+        "rules": [asdict(rule) for rule in (*TASKS.values(), DEFAULT_RULE)],
         "files": [[_hash(section.resolve(path)) for path in paths] for paths in named],
         "max_tokens": section.max_tokens,
         "only_with_retrieval": section.only_with_retrieval,

@@ -76,15 +76,19 @@ def _template(recipe: Recipe) -> Template:
 def _assumed(recipe: Recipe, examples: int) -> Batch:
     """A batch in which every sequence is as long as the recipe allows, and cites one passage of its own."""
     section, length = recipe.data, recipe.data.max_tokens
+    asking = max(length - section.max_passage_tokens, 1)  # up to the [Ret] before its passage
+    if recipe.train.objective == "nsp":
+        length = asking
     labelled = length - 1 if recipe.train.train_on_passages else max(length - section.max_passage_tokens, 1)
     batch: Batch = {"gen_ids": torch.zeros(examples * length, dtype=torch.long), "gen_lengths": [length] * examples}
     if recipe.train.objective != "nsp":
         places = torch.arange(examples * length).view(examples, length)[:, :labelled].flatten()
         batch["label_positions"], batch["labels"] = places, torch.zeros(len(places), dtype=torch.long)
     if recipe.train.objective == "separate":
-        batch["query_ids"], batch["query_lengths"] = batch["gen_ids"], batch["gen_lengths"]
+        batch["query_ids"] = torch.zeros(examples * asking, dtype=torch.long)
+        batch["query_lengths"] = [asking] * examples
     if recipe.train.objective != "ntp":
-        batch["ret_positions"] = torch.arange(examples) * length
+        batch["ret_positions"] = torch.arange(examples) * (asking if recipe.train.objective == "separate" else length)
         batch["emb_ids"] = torch.zeros(examples * section.max_passage_tokens, dtype=torch.long)
         batch["emb_lengths"] = [section.max_passage_tokens] * examples
         batch["candidates"] = batch["gold"] = torch.arange(examples)
