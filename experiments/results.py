@@ -91,7 +91,7 @@ def figures_of(run: Path) -> dict[str, Any]:
 
 def spent(log: str) -> dict[str, float]:
     """Steps, minutes and real tokens of a training, by its log."""
-    tokens = since = 0.0
+    tokens = since = step = 0
     for row in map(json.loads, log.splitlines()):
         if "tokens_per_second" in row:
             tokens += 60 * (row["minutes"] - since) * row["tokens_per_second"]
@@ -136,10 +136,7 @@ def conditions(kept: Kept) -> list[str]:
     lines += header(["data set", *found, "BM25", "all-MiniLM-L6-v2"])
     for task in by_gold(kept["runs"]["cosup-0"]):
         cells = [value(tasks[task], "forced_success@1") for tasks in found.values()]
-        cells += [
-            value(runs["cosup"][task], "bm25_success@1"),
-            f"{minilm[task]['value']:.3f}" if task in minilm else "",
-        ]
+        cells += [value(runs["cosup"][task], "bm25_success@1"), value(minilm, task)]
         lines.append(f"| {title(task)} | {' | '.join(cells)} |")
     lines += ["", "Correctness of their answers, first seed:", "", *header(["data set", "", *runs])]
     for task, figures in runs["cosup"].items():

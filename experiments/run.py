@@ -85,12 +85,18 @@ def main() -> None:
         terminal.step(f"{condition}, seed {seed}, {mode}")
         judged(condition, seed, mode, data, arguments)
     baselines(data, arguments.out / "baselines.json")
-    folders = sorted((arguments.out / "evaluations").iterdir())  # of earlier calls too
+    folders = finished(arguments.out / "evaluations")  # of earlier calls too
     write_report(folders, arguments.out / "report")
     compared = cells(conditions_of([read_run(folder) for folder in folders]))
     with atomic_file(arguments.out / "cells.md") as file:
         file.write(compared.encode())
     print(compared)
+
+
+def finished(evaluations: Path) -> list[Path]:
+    """The folders of evaluations that have every data set that they were begun with."""
+    runs = {path.parent: json.loads(path.read_text("utf-8")) for path in sorted(evaluations.glob("*/run.json"))}
+    return [run for run, told in runs.items() if all((run / task / "figures.json").is_file() for task in told["tasks"])]
 
 
 def jobs(conditions: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int, Mode]]:

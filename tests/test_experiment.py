@@ -82,6 +82,15 @@ def test_the_main_comparison_comes_first_and_everything_once(experiment: ModuleT
     ]
 
 
+def test_an_evaluation_that_was_interrupted_is_left_out(experiment: ModuleType, tmp_path: Path) -> None:
+    for name, judged in {"cosup-0": ("nq", "wow"), "cosup-1": ("nq",)}.items():
+        for task in judged:
+            (tmp_path / name / task).mkdir(parents=True)
+            (tmp_path / name / task / "figures.json").write_text("{}")
+        (tmp_path / name / "run.json").write_text(json.dumps({"tasks": {"nq": {}, "wow": {}}}))
+    assert experiment.finished(tmp_path) == [tmp_path / "cosup-0"]
+
+
 def condition(experiment: ModuleType, name: str, right: list[list[float]]) -> Any:
     """Of each data set two questions, scored alike in every figure of it; one row a seed."""
     answers = {task: experiment.HEADLINES[task].correctness[0] for task in experiment.CORRECTNESS}

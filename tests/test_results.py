@@ -30,23 +30,20 @@ def figure(value: float | None) -> dict[str, Any]:
     return {"value": value, "count": 40, "low": None if value is None else value - 0.1, "high": value}
 
 
+def judged(run: Path, found: dict[str, float | None], **settings: Any) -> None:
+    """An evaluation run of NQ."""
+    (run / "nq").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"name": run.name, "mode": "cosup", "tasks": {"nq": {}}} | settings))
+    (run / "nq" / "figures.json").write_text(json.dumps({key: figure(value) for key, value in found.items()}))
+
+
 @pytest.fixture
 def experiment(tmp_path: Path) -> Path:
     folder = tmp_path / "experiment"
     for name, correct in {"released-0": 0.5, "released-none-0": 0.25}.items():
-        run = folder / "evaluations" / name
-        (run / "nq").mkdir(parents=True)
-        settings = {
-            "name": name,
-            "mode": "cosup",
-            "index": {"passages": 5000},
-            "options": {"max_new_tokens": 17},
-            "tasks": {"nq": {}},
-        }
-        (run / "run.json").write_text(json.dumps(settings))
         found = {"forced_success@1": 0.625, "bm25_success@1": 0.375, "answer_in_text": correct, "well_formed": 1.0}
-        found |= {"claim_words": None}
-        (run / "nq" / "figures.json").write_text(json.dumps({key: figure(value) for key, value in found.items()}))
+        settings = {"index": {"passages": 5000}, "options": {"max_new_tokens": 17}}
+        judged(folder / "evaluations" / name, found | {"claim_words": None}, **settings)
     (folder / "cells.md").write_text("")
     (folder / "baselines.json").write_text(json.dumps({"all-minilm-l6-v2": {"nq": {"value": 0.75, "count": 40}}}))
     return folder
@@ -81,17 +78,14 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
     shutil.rmtree(experiment / "evaluations" / "released-none-0")
     (experiment / "evaluations" / "released-0").rename(experiment / "evaluations" / "cosup-0")
     others = {"separate-0": {"forced_success@1": 0.5}, "cosup-bm25-0": {"forced_success@1": 1, "answer_in_text": 0.125}}
+    rows = [{"step": 5, "minutes": 1.0, "tokens_per_second": 100.0}]
+    rows += [{"step": 8, "minutes": 1.5, "tokens_per_second": 300.0}, {"step": 8, "minutes": 1.5}]
     for name, found in others.items():
-        run_folder = experiment / "evaluations" / name
-        (run_folder / "nq").mkdir(parents=True)
         training = {"name": name if name == "separate-0" else "cosup-0", "objective": "separate"}
         mode = "bm25" if "bm25" in name else "cosup"
-        settings = {"name": name, "mode": mode, "tasks": {"nq": {}}, "training": training}
-        (run_folder / "run.json").write_text(json.dumps(settings))
-        (run_folder / "nq" / "figures.json").write_text(json.dumps({k: figure(v) for k, v in found.items()}))
-        rows = [{"step": 5, "minutes": 1.0, "tokens_per_second": 100.0}, {"step": 8, "minutes": 1.5}]
-        rows.insert(1, {"step": 8, "minutes": 1.5, "tokens_per_second": 300.0})
-        (run_folder / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        judged(experiment / "evaluations" / name, found, mode=mode, training=training)
+        log = experiment / "evaluations" / name / "training.jsonl"
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (experiment / "cells.md").write_text("| the cells |\n")
     run(results, monkeypatch, "--keep", str(experiment), "--as", "main", "--hardware", "a slide rule")
     page = results.PAGE.read_text()

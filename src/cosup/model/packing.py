@@ -102,34 +102,26 @@ def chunks(batch: Batch, size: int, *, count: int) -> list[Batch]:
 
 def _chunk(batch: Batch, rows: range) -> Batch:
     start, stop = asked_from, asked_to = _span(batch["gen_lengths"], rows)
-    part: Batch = {
-        "gen_ids": batch["gen_ids"][start:stop],
-        "gen_lengths": batch["gen_lengths"][rows.start : rows.stop],
-    }
-    if not part["gen_lengths"]:
-        part["gen_ids"], part["gen_lengths"] = batch["gen_ids"][:1], [1]
+    ids_S, lengths = _sequences(batch["gen_ids"], batch["gen_lengths"], rows)
+    part: Batch = {"gen_ids": ids_S, "gen_lengths": lengths}
     if "labels" in batch:
         here_L = _within(batch["label_positions"], start, stop)
         part["label_positions"], part["labels"] = batch["label_positions"][here_L] - start, batch["labels"][here_L]
     if "query_ids" in batch:
         asked_from, asked_to = _span(batch["query_lengths"], rows)
-        part["query_ids"], part["query_lengths"] = (
-            batch["query_ids"][asked_from:asked_to],
-            batch["query_lengths"][rows.start : rows.stop],
-        )
-        if not part["query_lengths"]:
-            part["query_ids"], part["query_lengths"] = batch["query_ids"][:1], [1]
+        part["query_ids"], part["query_lengths"] = _sequences(batch["query_ids"], batch["query_lengths"], rows)
     if "emb_ids" in batch:
         here_K = _within(batch["ret_positions"], asked_from, asked_to)
         part["ret_positions"] = batch["ret_positions"][here_K] - asked_from
-        first, last = _span(batch["emb_lengths"], rows)
-        part["emb_ids"], part["emb_lengths"] = (
-            batch["emb_ids"][first:last],
-            batch["emb_lengths"][rows.start : rows.stop],
-        )
-        if not part["emb_lengths"]:
-            part["emb_ids"], part["emb_lengths"] = batch["emb_ids"][:1], [1]
+        part["emb_ids"], part["emb_lengths"] = _sequences(batch["emb_ids"], batch["emb_lengths"], rows)
     return part
+
+
+def _sequences(ids_S: Tensor, lengths: list[int], rows: range) -> tuple[Tensor, list[int]]:
+    """Some of the packed sequences; one token where none of them is left."""
+    start, stop = _span(lengths, rows)
+    here = lengths[rows.start : rows.stop]
+    return (ids_S[start:stop], here) if here else (ids_S[:1], [1])
 
 
 def _span(lengths: Sequence[int], rows: range) -> tuple[int, int]:

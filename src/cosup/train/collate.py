@@ -33,14 +33,14 @@ class Collator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch of these examples."""
         objective = self.section.objective
-        asking = [up_to_the_last_query(row) for row in rows]
+        asking = [up_to_the_last_query(row) for row in rows] if objective in ("nsp", "separate") else rows
         batch = pack(asking if objective == "nsp" else rows, labels=objective != "nsp")
         batch["example_ids"] = [row.id for row in rows]
         if objective == "separate":
             asked = pack(asking, labels=False)
             batch["query_ids"], batch["query_lengths"] = asked["gen_ids"], asked["gen_lengths"]
         if objective != "ntp":
-            self._add_candidates(batch, rows if objective == "ntp+nsp" else asking)
+            self._add_candidates(batch, asking)
         return batch
 
     def _add_candidates(self, batch: Batch, rows: Sequence[Row]) -> None:

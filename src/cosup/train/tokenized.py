@@ -177,7 +177,7 @@ def _name(recipe: Recipe, template: Template) -> str:
     named = (section.passages, section.train, section.dev)
     depends = {
         "format": _FORMAT,
-        "rules": [asdict(rule) for rule in (*TASKS.values(), DEFAULT_RULE)],
+        "rules": {task: asdict(rule) for task, rule in (TASKS | {"": DEFAULT_RULE}).items()},
         "files": [[_hash(section.resolve(path)) for path in paths] for paths in named],
         "max_tokens": section.max_tokens,
         "only_with_retrieval": section.only_with_retrieval,
