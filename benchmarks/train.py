@@ -32,7 +32,7 @@ from cosup.data.convert import convert
 from cosup.data.worldfacts import worldfacts
 from cosup.model import CoSupModel, compute_dtype
 from cosup.train import MasterAdamW, collate, objective_loss
-from cosup.train.compiled import compile_layers
+from cosup.train.compiled import quicken
 
 BATCH = 16
 
@@ -117,7 +117,7 @@ def our_side(name: str, examples: list[Example], corpus: dict[str, Passage]) -> 
     model = CoSupModel.start(ModelSection(gen=name))
     dtype = compute_dtype("auto", "cpu")
     model.to(dtype).train()
-    compile_layers(model, "auto")
+    quicken(model, "auto", device=model.device.type)
     optimizer = (torch.optim.AdamW if dtype == torch.float32 else MasterAdamW)(model.parameters(), lr=1e-5, fused=True)
 
     def loss(number: int) -> torch.Tensor:

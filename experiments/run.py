@@ -1,7 +1,7 @@
 """Does co-supervision hold on a small model? Every condition trained, indexed, evaluated and compared.
 
     python experiments/run.py --data FOLDER [--out runs/experiment] [--only cosup separate] [--seeds 0 1 2]
-                              [--questions 200] [--passages 10000] [--set train.max_steps=50]
+                              [--questions 200] [--passages 10000] [--set train.max_steps=50] [--workers 4]
 
 FOLDER holds `train/`, `dev/` and `corpus.jsonl.gz` in the form of the README's "Formats". Conditions differ from
 `recipes/experiment.yaml` in what `CONDITIONS` says, and in nothing else: same examples, same order, same steps. Those
@@ -10,21 +10,26 @@ each data set, over one corpus that holds the gold passages and others drawn at 
 on the data sets of the 13 cells. `squad-gold` are SQuAD's questions with nothing but their gold passage to retrieve.
 `released` is the model that comes with cosup, as it is.
 
-What is finished is skipped, and what was interrupted goes on: stop it at any time, and run it again. `--out` then holds
+What is finished is skipped, and what was interrupted goes on: stop it at any time, and run it again. A GPU has room for
+several conditions at once: `--workers`. `--out` then holds
 `data/`, `runs/`, `indexes/`, `evaluations/`, `report/` as `cosup report` writes it, `baselines.json`: success@1 of
 all-MiniLM-L6-v2 on the same corpus, and `cells.md`: co-supervision against separate training in 13 cells.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cosup import metrics, terminal
 from cosup.config import RELEASED, Recipe, UserError, load_recipe
@@ -60,6 +65,8 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "released": (),
 }
 MAIN = ("cosup", "separate")
+MINING = "hard-negatives"  # mines with the model of `cosup`
+ROWS = 64 if torch.cuda.is_available() else 16  # questions that are answered at once
 MODES: dict[str, tuple[Mode, ...]] = {
     "cosup": ("cosup", "static", "none"),
     "separate": ("cosup", "bm25"),
@@ -69,6 +76,9 @@ MODES: dict[str, tuple[Mode, ...]] = {
 
 The Gen of `separate` is the one that `ntp` alone would train, so `separate` with BM25 is `ntp` with BM25.
 """
+
+Job = tuple[str, int, Mode]
+"""Condition, seed and mode."""
 
 RETRIEVAL = ("squad", "nq", "fever", "hotpotqa", "asqa", "triviaqa", "wow")
 CORRECTNESS = RETRIEVAL[:-1]
@@ -81,9 +91,8 @@ def main() -> None:
     refuse_another(arguments.out, drawn | {"set": arguments.set})
     data = Data(arguments.data, arguments.out / "data", **drawn)
     data.make()
-    for condition, seed, mode in jobs(arguments.only, arguments.seeds):
-        terminal.step(f"{condition}, seed {seed}, {mode}")
-        judged(condition, seed, mode, data, arguments)
+    for wave in waves(jobs(arguments.only, arguments.seeds), arguments.workers):
+        work(wave, data, arguments)
     baselines(data, arguments.out / "baselines.json")
     folders = finished(arguments.out / "evaluations")  # of earlier calls too
     write_report(folders, arguments.out / "report")
@@ -99,13 +108,41 @@ def finished(evaluations: Path) -> list[Path]:
     return [run for run, told in runs.items() if all((run / task / "figures.json").is_file() for task in told["tasks"])]
 
 
-def jobs(conditions: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int, Mode]]:
-    """Condition, seed and mode of every evaluation, in order: the main comparison, seed by seed, then all else."""
+def jobs(conditions: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Every evaluation, in order: the main comparison, seed by seed, then all else."""
     modes = {condition: MODES.get(condition, ("cosup",)) for condition in conditions}
     compared = [condition for condition in conditions if condition in MAIN]
     first = [(condition, seed, modes[condition][0]) for seed in seeds for condition in compared]
     every = [(condition, seeds[0], mode) for condition in conditions for mode in modes[condition]]
     return list(dict.fromkeys([*first, *every]))
+
+
+def waves(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+    """Jobs that can be done at the same time: those of the second wave need a model that the first one trains."""
+    if workers == 1:
+        return [list(jobs)]
+    first: dict[tuple[str, int], Job] = {}
+    for job in jobs:
+        if job[0] != MINING:
+            first.setdefault(job[:2], job)
+    return [list(first.values()), [job for job in jobs if job not in first.values()]]
+
+
+def work(wave: Sequence[Job], data: "Data", arguments: argparse.Namespace) -> None:
+    """Does jobs, several at once where that is asked; the first one that fails ends all."""
+    if arguments.workers == 1 or len(wave) < 2:
+        for job in wave:
+            judged(*job, data, arguments)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.workers)))
+    spawn = multiprocessing.get_context("spawn")  # a process for each run gives its memory back
+    with ProcessPoolExecutor(arguments.workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+        running = [pool.submit(judged, *job, data, arguments) for job in wave]
+        try:
+            for finished_one in as_completed(running):
+                finished_one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def parse() -> argparse.Namespace:
@@ -117,6 +154,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=200, help="of each data set")
     parser.add_argument("--passages", type=int, default=10_000, help="of the corpus that is searched")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
     parser.add_argument("--set", action="append", default=[], help="a setting of all recipes, as for cosup train")
     return parser.parse_args()
 
@@ -203,6 +241,7 @@ def refuse_leaks(learnt: Iterable[Question], judged: Sequence[Question]) -> None
 
 def judged(condition: str, seed: int, mode: Mode, data: Data, arguments: argparse.Namespace) -> None:
     """Trains, indexes and evaluates a condition, where that is not done yet."""
+    terminal.step(f"{condition}, seed {seed}, {mode}")
     run = trained(condition, seed, data, arguments)
     model = CoSupModel.load(run)
     index = indexed(model, data.corpus, arguments.out / "indexes" / f"{condition}-{seed}")
@@ -214,7 +253,7 @@ def judged(condition: str, seed: int, mode: Mode, data: Data, arguments: argpars
         index,
         read_tasks([str(path) for path in asked]),
         folder,
-        settings=RunSettings(mode, options=Options(max_new_tokens=64), name=name),
+        settings=RunSettings(mode, options=Options(max_new_tokens=64, rows=ROWS), name=name),
         source=run,
         counter=lambda what, total, unit: terminal.counting(what, total, unit=unit),
     )

@@ -409,3 +409,21 @@ def test_data_sets_are_found_by_name_and_repeated_names_are_refused(tmp_path: Pa
         read_tasks([f"nq,{tmp_path / 'other' / 'nq.jsonl.gz'}"], data=tmp_path)
     with pytest.raises(UserError, match="no data set 'fever'"):
         read_tasks(["fever"], data=tmp_path)
+
+
+def test_bm25_reads_the_corpus_once_for_all_data_sets(
+    tiny: CoSupModel, index: FaissIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+
+    class Counting(BM25):
+        def __init__(self, passages: list[Passage]):
+            built.append(len(passages))
+            super().__init__(passages)
+
+    monkeypatch.setattr("cosup.evaluate.retrieval.BM25", Counting)
+    tasks = [Task(name, tmp_path / name, [Question(name, name, "river?", ["Oder"], ["p0"])]) for name in ("a", "b")]
+    for task in tasks:
+        task.path.write_text("{}")
+    evaluate_tasks(tiny, index, tasks, tmp_path / "run", settings=FEW)
+    assert built == [len(index)]

@@ -82,6 +82,19 @@ def test_the_main_comparison_comes_first_and_everything_once(experiment: ModuleT
     ]
 
 
+def test_what_goes_on_with_a_model_waits_for_the_wave_that_trains_it(experiment: ModuleType) -> None:
+    jobs = experiment.jobs(["cosup", "separate", "hard-negatives"], [0, 1])
+    first, second = experiment.waves(jobs, 4)
+    assert first == [("cosup", 0, "cosup"), ("separate", 0, "cosup"), ("cosup", 1, "cosup"), ("separate", 1, "cosup")]
+    assert second == [
+        ("cosup", 0, "static"),
+        ("cosup", 0, "none"),
+        ("separate", 0, "bm25"),
+        ("hard-negatives", 0, "cosup"),
+    ]
+    assert experiment.waves(jobs, 1) == [jobs]
+
+
 def test_an_evaluation_that_was_interrupted_is_left_out(experiment: ModuleType, tmp_path: Path) -> None:
     for name, judged in {"cosup-0": ("nq", "wow"), "cosup-1": ("nq",)}.items():
         for task in judged:

@@ -1,6 +1,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Sequence
@@ -731,3 +733,11 @@ def test_bm25_of_nothing_to_match_finds_without_a_warning(texts):
     ids = [str(number) for number in range(len(texts))]
     bm25 = BM25([Passage(id, text) for id, text in zip(ids, texts, strict=True)])
     assert bm25.search(["Norway"], 3) == [[]]
+
+
+def test_bm25_starts_no_jax() -> None:
+    code = (
+        "import sys, types; sys.modules['jax'] = types.ModuleType('jax'); import cosup.index; print(sys.modules['jax'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "<module 'jax'>\n"  # bm25s would have asked it for jax.lax, and failed

@@ -13,7 +13,7 @@ import torch
 
 from cosup.config import ModelSection, UserError
 from cosup.data import Passage
-from cosup.model import CoSupModel, batches_by_tokens, pack
+from cosup.model import CoSupModel, batches_by_tokens, pack, packing
 
 
 def test_a_passage_has_the_same_vector_alone_and_in_any_batch(tiny: CoSupModel, passages: list[Passage]) -> None:
@@ -49,6 +49,19 @@ def test_packed_states_equal_those_of_transformers_one_by_one(tiny: CoSupModel, 
         with torch.no_grad():
             state = gen.base_model(input_ids=torch.tensor([[*prompt, tiny.template.ret]])).last_hidden_state[0, -1]
         np.testing.assert_allclose(query, torch.nn.functional.normalize(state, dim=-1).numpy(), atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is one of a GPU")
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_kernel_on_a_gpu_attends_as_the_loop_over_sequences_does(causal: bool) -> None:
+    lengths = torch.tensor([5, 200, 1, 77])
+    torch.manual_seed(0)
+    exact = [torch.randn(1, heads, int(lengths.sum()), 64, dtype=torch.float64) for heads in (9, 3, 3)]
+    expected = packing._one_by_one(*exact, None, causal, 0.0, lengths)
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cuda()
+    rounded = [x.bfloat16().cuda() for x in exact]
+    found = packing._in_one_kernel(*rounded, None, causal, lengths, bounds).double().cpu()
+    assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
 def test_ntp_over_packed_sequences_equals_transformers_loss(

@@ -10,7 +10,7 @@ from cosup.config import UserError
 from cosup.data import Question
 from cosup.engine import Engine, Event, Finished, Options, Retrieved, Token
 from cosup.evaluate.judge import DEPTH, Prediction
-from cosup.evaluate.retrieval import QUESTION, QuestionIndex, bm25_rankings, refuse_unknown_candidates
+from cosup.evaluate.retrieval import QUESTION, Lexical, QuestionIndex, refuse_unknown_candidates
 from cosup.index import Index
 from cosup.model import CoSupModel
 from cosup.template import Response
@@ -29,6 +29,7 @@ class Asker:
         options: of the engine; its `mode` is the mode unless `bm25` is said.
         bm25: whether the passage is retrieved once, with the prompt, by BM25 in the model's place.
         own: ids that each question may choose from; questions that are not named here choose from the whole corpus.
+        lexical: BM25 over this index, where it was made before.
 
     Raises:
         UserError: the index is another model's, or does not hold a candidate.
@@ -43,6 +44,7 @@ class Asker:
         options: Options | None = None,
         bm25: bool = False,
         own: dict[str, list[str]] | None = None,
+        lexical: Lexical | None = None,
     ):
         options = options or Options()
         self._options = replace(options, candidates=max(DEPTH, options.candidates))
@@ -50,7 +52,7 @@ class Asker:
             self._options = replace(self._options, mode="static")
         self._model, own = model, own or {}
         refuse_unknown_candidates(index, own)
-        self._bm25 = bm25_rankings(questions, index, k=DEPTH, candidates=own)
+        self._bm25 = (lexical or Lexical(index)).rankings(questions, k=DEPTH, candidates=own)
         self._per_question = {question.id for question in questions if bm25 or question.id in own}
         self._index = QuestionIndex(index, candidates=own, rankings=self._bm25 if bm25 else None)
         self._engine = Engine(model, self._index, self._options)

@@ -1,6 +1,7 @@
 """What a question may retrieve from: the whole corpus, its own candidates, or what BM25 finds."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,17 +75,32 @@ def own_candidates(questions: Sequence[Question]) -> dict[str, list[str]]:
     return {question.id: question.candidates for question in questions if question.candidates}
 
 
-def bm25_rankings(
-    questions: Sequence[Question], index: Index, *, k: int, candidates: Mapping[str, Sequence[str]]
-) -> dict[str, list[str]]:
-    """What BM25 finds for each question, among its candidates where it has some, else among all passages."""
-    free = [question for question in questions if question.id not in candidates]
-    found = BM25(list(index)).search([question.question for question in free], k) if free else []
-    rankings = {question.id: ids for question, ids in zip(free, found, strict=True)}
-    for question in questions:
-        if question.id in candidates:
-            (rankings[question.id],) = BM25(index.get(candidates[question.id])).search([question.question], k)
-    return rankings
+class Lexical:
+    """BM25 over the passages of an index, made when it is first asked for.
+
+    Args:
+        index: whose passages are read once, then.
+    """
+
+    def __init__(self, index: Index):
+        self._index = index
+
+    def rankings(
+        self, questions: Sequence[Question], *, k: int, candidates: Mapping[str, Sequence[str]]
+    ) -> dict[str, list[str]]:
+        """What it finds for each question, among its candidates where it has some, else among all passages."""
+        free = [question for question in questions if question.id not in candidates]
+        found = self._of_all.search([question.question for question in free], k) if free else []
+        rankings = {question.id: ids for question, ids in zip(free, found, strict=True)}
+        for question in questions:
+            if question.id in candidates:
+                own = BM25(self._index.get(candidates[question.id]))
+                (rankings[question.id],) = own.search([question.question], k)
+        return rankings
+
+    @cached_property
+    def _of_all(self) -> BM25:
+        return BM25(list(self._index))
 
 
 def _nearest(index: Index, queries_QD: Vectors, ids: Sequence[str], k: int) -> list[list[Hit]]:

@@ -30,7 +30,7 @@ from cosup.evaluate.judge import PassageTexts, Prediction, judge, judge_entailme
 from cosup.evaluate.model import ntp_loss, references, refuse_unknown_gold, verdicts
 from cosup.evaluate.nli import CachedNli, Nli
 from cosup.evaluate.predict import MODES, Asker, Mode
-from cosup.evaluate.retrieval import own_candidates
+from cosup.evaluate.retrieval import Lexical, own_candidates
 from cosup.evaluate.tasks import Task
 from cosup.files import atomic_file, sha256
 from cosup.index import Index
@@ -104,8 +104,9 @@ def evaluate_tasks(
         out, _description(model, index, tasks, settings, source) | {"name": settings.name or _name_of(out)}, source
     )
     evaluations = {}
+    lexical = Lexical(index)
     for task in tasks:
-        predictions = _predictions(model, index, task, out / task.name, settings, counter)
+        predictions = _predictions(model, index, task, out / task.name, settings, lexical, counter)
         evaluations[task.name] = _judged(model, index, task, predictions, out, settings, nli, counter)
     return evaluations
 
@@ -132,7 +133,13 @@ def remove_run(out: Path) -> None:
 
 
 def _predictions(
-    model: CoSupModel, index: Index, task: Task, folder: Path, settings: RunSettings, counter: Counter
+    model: CoSupModel,
+    index: Index,
+    task: Task,
+    folder: Path,
+    settings: RunSettings,
+    lexical: Lexical,
+    counter: Counter,
 ) -> dict[str, Prediction]:
     path = folder / "predictions.jsonl"
     done = _read_predictions(path)
@@ -146,6 +153,7 @@ def _predictions(
         options=settings.options if settings.mode == "bm25" else replace(settings.options, mode=settings.mode),
         bm25=settings.mode == "bm25",
         own=own_candidates(left) if settings.own_candidates else None,
+        lexical=lexical,
     )
     folder.mkdir(parents=True, exist_ok=True)
     what = f"asking {task.name}" + (f" ({len(done):,} answered before)" if done else "")

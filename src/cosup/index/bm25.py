@@ -1,11 +1,27 @@
 """BM25 over the same passages: the baseline that evaluations show beside the model."""
 
 import logging
-from collections.abc import Sequence
-
-import bm25s
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from cosup.data import Passage
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Lets an import in here fail."""
+    before = {package: sys.modules[package]} if package in sys.modules else {}
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        sys.modules.update(before)
+
+
+with _hidden("jax"):  # where it is installed, bm25s would start it, and it takes most of a GPU's memory for itself
+    import bm25s
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG for itself
 

@@ -1,7 +1,7 @@
 """Packed sequences: laid end to end in one row without padding, each blind to the others.
 
 Shapes: S packed tokens, L labelled tokens, D hidden size, K retrieval positions, N candidates, I ignored pairs,
-B batch, H heads of queries, G heads of keys and values, T tokens, d head size.
+B batch, H heads of queries, G heads of keys and values, T tokens, d head size, M = N + 1 bounds of N sequences.
 
 A vector therefore can't depend on what else is in the batch, and nothing is computed for padding.
 """
@@ -13,6 +13,7 @@ from typing import Any, NotRequired, Protocol, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from cosup.template import IGNORED
@@ -150,9 +151,17 @@ def batches_by_tokens(lengths: Sequence[int], tokens: int) -> Iterator[list[int]
 
 def packed(body: nn.Module, ids_S: Tensor, lengths: list[int]) -> Tensor:
     """Last hidden states [S, D] of sequences laid end to end."""
-    positions_S = torch.cat([torch.arange(length, device=ids_S.device) for length in lengths])
-    # the lengths as a tensor on the CPU: what is compiled would be compiled anew for every other list of numbers
-    out = body(input_ids=ids_S[None], position_ids=positions_S[None], seq_lens=torch.tensor(lengths), use_cache=False)
+    # a tensor on the CPU: what is compiled would be compiled anew for every other list of numbers
+    lengths_N = torch.tensor(lengths)
+    bounds_M = F.pad(lengths_N.cumsum(0), (1, 0)).int()
+    positions_S = torch.arange(len(ids_S)) - bounds_M[:-1].repeat_interleave(lengths_N)
+    out = body(
+        input_ids=ids_S[None],
+        position_ids=positions_S[None].to(ids_S.device),
+        seq_lens=lengths_N,
+        seq_bounds=bounds_M.to(ids_S.device),
+        use_cache=False,
+    )
     states_SD: Tensor = out.last_hidden_state[0]
     return states_SD
 
@@ -194,39 +203,80 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     seq_lens: Tensor | None = None,
+    seq_bounds: Tensor | None = None,
     attend: Attend | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed sequences, and of the engine's rows, in transformers' interface.
 
-    With `seq_lens`, the one row holds several sequences of these lengths, each blind to the others, and causal unless
-    the module says that it is not; a loop over them is faster on a CPU than any mask over the packed row. With
-    `attend`, the engine's cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is.
+    With `seq_lens`, and `seq_bounds` [N + 1], where they begin and end, the one row holds several sequences of these
+    lengths, each blind to the others, and causal unless the module says that it is not. With `attend`, the engine's
+    cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is.
     """
     if attend is None and seq_lens is None:
         out_BHTd = F.scaled_dot_product_attention(
             query_BHTd, key_BHTd, value_BHTd, attn_mask=attention_mask, scale=scaling, enable_gqa=True
         )
         return out_BHTd.transpose(1, 2), None
-    return _uncompiled(module, query_BHTd, key_BHTd, value_BHTd, scaling, dropout, seq_lens, attend), None
+    if attend is not None:
+        return _attended(module, query_BHTd, key_BHTd, value_BHTd, scaling, attend), None
+    assert seq_lens is not None
+    causal = getattr(module, "is_causal", True)
+    if seq_bounds is not None and dropout == 0.0 and _has_kernel(query_BHTd):
+        return _in_one_kernel(query_BHTd, key_BHTd, value_BHTd, scaling, causal, seq_lens, seq_bounds), None
+    return _one_by_one(query_BHTd, key_BHTd, value_BHTd, scaling, causal, dropout, seq_lens), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # would be compiled anew for every other list of lengths
-def _uncompiled(
-    module: nn.Module,
+# what follows is not compiled: it would be anew for every other list of lengths
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attended(
+    module: nn.Module, query_1HSd: Tensor, key_1GSd: Tensor, value_1GSd: Tensor, scale: float | None, attend: Attend
+) -> Tensor:
+    """What each token takes from the engine's cache, [1, S, H, d]."""
+    return attend(module.layer_idx, query_1HSd, key_1GSd, value_1GSd, scale).transpose(1, 2)  # type: ignore[arg-type]
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether there is a kernel for sequences of unequal lengths."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _in_one_kernel(
     query_1HSd: Tensor,
     key_1GSd: Tensor,
     value_1GSd: Tensor,
     scale: float | None,
-    dropout: float,
-    seq_lens: Tensor | None,
-    attend: Attend | None,
+    causal: bool,
+    seq_lens: Tensor,
+    bounds_M: Tensor,
 ) -> Tensor:
-    """What each token takes, [1, S, H, d]."""
-    if attend is not None:
-        return attend(module.layer_idx, query_1HSd, key_1GSd, value_1GSd, scale).transpose(1, 2)  # type: ignore[arg-type]
-    assert seq_lens is not None
-    causal = getattr(module, "is_causal", True)
+    """What each token takes, [1, S, H, d], of all sequences at once, on a GPU."""
+    times = query_1HSd.shape[1] // key_1GSd.shape[1]
+    query_SHd = query_1HSd[0].transpose(0, 1)
+    key_SHd, value_SHd = (x[0].transpose(0, 1).repeat_interleave(times, 1) for x in (key_1GSd, value_1GSd))
+    longest = int(seq_lens.max())
+    window = (-1, 0 if causal else -1)
+    out: Any = varlen_attn(
+        query_SHd, key_SHd, value_SHd, bounds_M, bounds_M, longest, longest, scale=scale, window_size=window
+    )
+    out_SHd: Tensor = out
+    return out_SHd[None]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _one_by_one(
+    query_1HSd: Tensor,
+    key_1GSd: Tensor,
+    value_1GSd: Tensor,
+    scale: float | None,
+    causal: bool,
+    dropout: float,
+    seq_lens: Tensor,
+) -> Tensor:
+    """What each token takes, [1, S, H, d]; on a CPU faster than any mask over the packed row."""
     # cut and joined by token, as they lie in memory: by head, each would be a copy of small pieces
     cut = (x.transpose(1, 2).split(seq_lens.tolist(), 1) for x in (query_1HSd, key_1GSd, value_1GSd))
     outs = []

@@ -1,13 +1,16 @@
 """AdamW, for bfloat16 weights too."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as adamw_step
 
 from cosup.config import TrainSection
+
+_TOGETHER = 1 << 24  # elements of the weights that one call steps
 
 
 def adamw(parameters: Sequence[Tensor], section: TrainSection) -> torch.optim.Optimizer:
@@ -35,21 +38,22 @@ class MasterAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:  # one at a time: float32 gradients of all would be as large as the masters
-                    self._step_of(weight, group)
+            for weights in _buckets([weight for weight in group["params"] if weight.grad is not None]):
+                self._step_of(weights, group)
         return loss
 
-    def _step_of(self, weight: Tensor, group: dict[str, Any]) -> None:
-        state = self._state_of(weight)
-        assert weight.grad is not None
+    def _step_of(self, weights: Sequence[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state_of(weight) for weight in weights]
+        masters, means, squares, steps = (
+            [state[name] for state in states] for name in ("master", "exp_avg", "exp_avg_sq", "step")
+        )
         adamw_step(
-            [state["master"]],
-            [weight.grad.float()],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            masters,
+            _copied([weight.grad for weight in weights if weight.grad is not None]),
+            means,
+            squares,
             [],
-            [state["step"]],
+            steps,
             fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
@@ -59,7 +63,7 @@ class MasterAdamW(torch.optim.AdamW):
             eps=group["eps"],
             maximize=False,
         )
-        weight.copy_(state["master"])
+        _copy(masters, weights)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimiser, but what was float32 stays float32."""
@@ -77,3 +81,35 @@ class MasterAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=weight.device)
             state |= {"master": master, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
         return state
+
+
+def _buckets(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Weights that step together: float32 gradients of all at once would be as large as the masters."""
+    bucket: list[Tensor] = []
+    size = 0
+    for weight in weights:
+        if bucket and size + weight.numel() > _TOGETHER:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(weight)
+        size += weight.numel()
+    if bucket:
+        yield bucket
+
+
+def _copied(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in float32."""
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        return [gradient.float() for gradient in gradients]
+    copies = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+    _copy(gradients, copies)
+    return copies
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copies tensors, rounded to the targets' type; with few kernels where they are whole, or a small model's wait."""
+    if any(isinstance(target, DTensor) for target in targets):
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+    else:
+        torch._foreach_copy_(list(targets), list(sources))

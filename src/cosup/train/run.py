@@ -22,7 +22,7 @@ from cosup.model import CoSupModel, compute_dtype
 from cosup.template import TemplateSettings
 from cosup.train.checkpoints import is_sharded, newest_checkpoint, whole_weights
 from cosup.train.collate import Collator, NeighbourSampler
-from cosup.train.compiled import compile_layers
+from cosup.train.compiled import quicken
 from cosup.train.estimate import expectations
 from cosup.train.parts import choose_trained, save_activations
 from cosup.train.tokenized import TrainingData, load_data
@@ -61,7 +61,7 @@ def train_recipe(
     model = start_model(recipe)
     data = load_data(recipe, model.template, context=model.context)
     model.to(compute_dtype(recipe.train.dtype, processes.device.type))
-    compiled = compile_layers(model, recipe.train.compile)
+    compiled = quicken(model, recipe.train.compile, device=processes.device.type)
     with explained(run):  # before the folder is claimed: a mistake in `train.trainer` does not take it
         trainer = _trainer(recipe, model, data, run, callbacks if processes.is_main_process else ())
     if processes.is_main_process:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -402,11 +403,14 @@ def _share_of_batch(section: TrainSection) -> int:
 
 def _norm(parameters: list[Any]) -> Tensor:
     """The norm of gradients, whole or sharded, in float32 at least: bfloat16 would keep eight bits of it."""
-    accurate = torch.promote_types(parameters[0].grad.dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(p.grad, dtype=accurate) for p in parameters]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return whole
+    gradients = [p.grad for p in parameters]
+    accurate = torch.promote_types(gradients[0].dtype, torch.float32)
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        sharded: Any = torch.stack([torch.linalg.vector_norm(gradient, dtype=accurate) for gradient in gradients])
+        whole: Tensor = torch.linalg.vector_norm(sharded).full_tensor()
+        return whole
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, accurate)))
+    return norm
 
 
 def _over_processes(sums: Counter[str]) -> Counter[str]:

@@ -9,7 +9,7 @@ import torch
 
 from cosup.config import Recipe
 from cosup.model import Batch, CoSupModel, chunks, compute_dtype, tokens_of
-from cosup.train.compiled import compile_layers
+from cosup.train.compiled import quicken
 from cosup.train.estimate.sample import Sample
 from cosup.train.estimate.sketches import CUT, local_device, moved_to, size_of, sketched, whole_depth
 from cosup.train.optimizer import adamw
@@ -27,7 +27,7 @@ def seconds_of_step(recipe: Recipe, sample: Sample) -> float:
     timed = moved_to(_within(batch, _TIMED_TOKENS), local_device())
     scale = sample.tokens / tokens_of(timed)
     model = sketched(recipe, layers=_timed_layers(recipe), device=local_device())
-    compile_layers(model, recipe.train.compile, size=size_of(recipe))
+    quicken(model, recipe.train.compile, device=local_device(), size=size_of(recipe))
     updates = _updates(model, recipe)
 
     def passes(model: CoSupModel) -> float:
