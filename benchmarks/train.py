@@ -32,7 +32,7 @@ from cosup.data.convert import convert
 from cosup.data.worldfacts import worldfacts
 from cosup.model import CoSupModel, compute_dtype
 from cosup.train import MasterAdamW, collate, objective_loss
-from cosup.train.compiled import quicken
+from cosup.train.layers import quicken
 
 BATCH = 16
 

@@ -1,10 +1,12 @@
 """Keeps the figures of evaluation runs, without a word of the data, and writes docs/results.md from what is kept.
 
     python experiments/results.py --keep runs/experiment --as released-10k --hardware "2 cores of ..." --command "..."
+    python experiments/results.py --keep runs/experiment --losses --as main-h200 --hardware "..." --command "..."
     python experiments/results.py [--check]
 
 What is kept lies in `experiments/results/`, a JSON file for each experiment folder: of every run its settings, and of
-every data set its figures with their counts and 95 % intervals.
+every data set its figures with their counts and 95 % intervals. With `--losses`, in `losses/` there, it is what the
+trainings of the main comparison logged.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure as Plot
 
 from cosup.evaluate import HEADLINES, label_of
@@ -24,7 +27,11 @@ from cosup.files import atomic_file
 HERE = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BASELINE = "all-minilm-l6-v2"
+KEPT = ("*.json", "losses/*.json")
 DROPPED = ("model", "versions", "tasks", "created", "own_candidates")
+
+LOSSES = {"ntp": "L_NTP", "nsp": "L_NSP", "accuracy": "in-batch accuracy"}
+COMPARED = ("cosup", "separate")
 
 Kept = dict[str, Any]
 """One experiment: `hardware`, `command`, `date`, `runs` by name, `baselines` by name and data set, `cells` as text."""
@@ -37,18 +44,27 @@ def main() -> None:
     parser.add_argument("--as", dest="name", help="what it is called")
     parser.add_argument("--hardware", default="", help="what it ran on")
     parser.add_argument("--command", default="", help="what printed it")
+    parser.add_argument("--losses", action="store_true", help="keep what its trainings logged, not its evaluations")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is stale")
     arguments = parser.parse_args()
     if arguments.keep:
         if not arguments.name:
             parser.error("--keep needs --as NAME, which names the file")
-        if missing := unfinished(arguments.keep):
+        if missing := None if arguments.losses else unfinished(arguments.keep):
             parser.error(f"{missing} is missing; run the experiment again, which goes on, or remove the run")
-        keep(arguments.keep, HERE / f"{arguments.name}.json", arguments.hardware, arguments.command)
-    text, drawing = page([json.loads(path.read_text("utf-8")) for path in sorted(HERE.glob("*.json"))])
+        told = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "hardware": arguments.hardware,
+            "command": arguments.command,
+        }
+        found = losses_of(arguments.keep) if arguments.losses else evaluations_of(arguments.keep)
+        keep(told | found, HERE / ("losses" if arguments.losses else "") / f"{arguments.name}.json")
+    experiments, losses = ([json.loads(path.read_text("utf-8")) for path in sorted(HERE.glob(names))] for names in KEPT)
+    text = page(experiments, losses)
     if not arguments.check:
         PAGE.write_text(text, "utf-8")
-        PAGE.with_suffix(".svg").write_text(drawing, "utf-8")
+        PAGE.with_suffix(".svg").write_text(drawn([kept for kept in experiments if is_released(kept)]), "utf-8")
+        PAGE.with_name("losses.svg").write_text(curves(losses), "utf-8")
     elif not PAGE.is_file() or PAGE.read_text("utf-8") != text:
         sys.exit(f"{PAGE}: stale; run `python experiments/results.py`")
 
@@ -61,20 +77,37 @@ def unfinished(folder: Path) -> Path | None:
     return next((path for path in expected if not path.is_file()), None)
 
 
-def keep(folder: Path, path: Path, hardware: str, command: str) -> None:
-    """Writes the figures of all evaluation runs of an experiment folder as one file."""
-    runs = {run.name: figures_of(run) for run in sorted((folder / "evaluations").iterdir())}
-    baselines, cells = folder / "baselines.json", folder / "cells.md"
-    kept = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": hardware,
-        "command": command,
-        "baselines": json.loads(baselines.read_text("utf-8")) if baselines.is_file() else {},
-        "cells": cells.read_text("utf-8"),
-        "runs": runs,
-    }
+def keep(kept: Kept, path: Path) -> None:
+    """Writes what is kept of an experiment as one file."""
     with atomic_file(path) as file:
         file.write((json.dumps(kept, indent=1, sort_keys=True) + "\n").encode())
+
+
+def evaluations_of(folder: Path) -> Kept:
+    """The figures of all evaluation runs of an experiment folder."""
+    baselines = folder / "baselines.json"
+    return {
+        "baselines": json.loads(baselines.read_text("utf-8")) if baselines.is_file() else {},
+        "cells": (folder / "cells.md").read_text("utf-8"),
+        "runs": {run.name: figures_of(run) for run in sorted((folder / "evaluations").iterdir())},
+    }
+
+
+def losses_of(folder: Path) -> Kept:
+    """What the trainings of the main comparison logged, step by step, as far as all of them got."""
+    logs = {path.parent.name: path for path in sorted(folder.glob("runs/*/metrics.jsonl"))}
+    runs = {
+        name: {row["step"]: [row[loss] for loss in LOSSES] for row in log_of(path) if "accuracy" in row}
+        for name, path in logs.items()
+        if name.rpartition("-")[0] in COMPARED
+    }
+    steps = sorted(set.intersection(*map(set, runs.values())))
+    return {"steps": steps, "runs": {name: [rows[step] for step in steps] for name, rows in runs.items()}}
+
+
+def log_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def figures_of(run: Path) -> dict[str, Any]:
@@ -85,32 +118,41 @@ def figures_of(run: Path) -> dict[str, Any]:
         figures = json.loads((run / name / "figures.json").read_text("utf-8"))
         tasks[name] = {key: figure for key, figure in figures.items() if figure["value"] is not None}
     if (run / "training.jsonl").is_file():
-        settings["training"] |= spent((run / "training.jsonl").read_text("utf-8"))
+        settings["training"] |= spent(log_of(run / "training.jsonl"))
     return {key: value for key, value in settings.items() if key not in DROPPED} | {"tasks": tasks}
 
 
-def spent(log: str) -> dict[str, float]:
+def spent(log: list[dict[str, Any]]) -> dict[str, float]:
     """Steps, minutes and real tokens of a training, by its log."""
     tokens = since = step = 0
-    for row in map(json.loads, log.splitlines()):
+    for row in log:
         if "tokens_per_second" in row:
             tokens += 60 * (row["minutes"] - since) * row["tokens_per_second"]
             step, since = row["step"], row["minutes"]
     return {"steps": step, "minutes": since, "tokens": round(tokens, -3)}
 
 
-def page(experiments: list[Kept]) -> tuple[str, str]:
-    """docs/results.md, and the drawing that it shows."""
-    released = [kept for kept in experiments if "released-0" in kept["runs"]]
+def is_released(kept: Kept) -> bool:
+    """Whether an experiment judged the released model."""
+    return "released-0" in kept["runs"]
+
+
+def page(experiments: list[Kept], losses: list[Kept]) -> str:
+    """docs/results.md."""
+    released = [kept for kept in experiments if is_released(kept)]
     parts = ["# Results", "", "Written by `python experiments/results.py` from `experiments/results/`.", ""]
     for kept in experiments:
         if kept.get("cells"):
             parts += [*compared(kept), *conditions(kept), *trained(kept)]
+    for kept in losses:
+        parts += learnt(kept)
+    if losses:
+        parts += ["![Losses of both conditions, step by step](losses.svg)", ""]
     if released:
         parts += ["![Retrieval of the released model, of BM25 and of all-MiniLM-L6-v2](results.svg)", ""]
     for kept in released:
         parts += [*retrieval(kept), *answers(kept), *ways(kept)]
-    return "\n".join(parts).rstrip() + "\n", drawn(released)
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def compared(kept: Kept) -> list[str]:
@@ -155,6 +197,48 @@ def trained(kept: Kept) -> list[str]:
             figures = f"{training['steps']} | {training['tokens']:,.0f} | {training['minutes']:.1f}"
             lines.append(f"| {name} | {training['objective']} | {figures} |")
     return [*lines, ""]
+
+
+def learnt(kept: Kept) -> list[str]:
+    """Losses of both conditions in four parts of the training, means over seeds."""
+    steps, values_RTL = kept["steps"], {name: np.array(rows) for name, rows in kept["runs"].items()}
+    seeds = sum(name.startswith(COMPARED[0]) for name in values_RTL)
+    lines = [
+        f"## Losses of longer training, {seeds} seeds",
+        "",
+        f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. Each batch is of examples that were not seen "
+        f"before, so these are losses of unseen text; up to step {steps[-1]}, which all runs reached.",
+        "",
+        *header(["up to step", *(f"{title}, {name}" for title in LOSSES.values() for name in COMPARED)]),
+    ]
+    for part in np.array_split(np.arange(len(steps)), 4):
+        means = [
+            np.mean([rows_TL[part, loss] for name, rows_TL in values_RTL.items() if name.startswith(condition)])
+            for loss in range(len(LOSSES))
+            for condition in COMPARED
+        ]
+        lines.append(f"| {steps[part[-1]]} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return [*lines, ""]
+
+
+def curves(losses: list[Kept]) -> str:
+    """Both losses of every run, step by step, as SVG."""
+    with matplotlib.rc_context({"svg.hashsalt": "cosup", "svg.fonttype": "none", "font.size": 9}):
+        plot = Plot(figsize=(8, 2.9 * max(len(losses), 1)), layout="constrained")
+        panels = plot.subplots(max(len(losses), 1), 2, squeeze=False)
+        for kept, row in zip(losses, panels, strict=False):
+            for loss, axes in enumerate(row):
+                for name, values in kept["runs"].items():
+                    condition, _, seed = name.rpartition("-")
+                    colour = ("#3b6fb6", "#d1662f")[COMPARED.index(condition)]
+                    label = condition if seed == "0" else None
+                    axes.plot(kept["steps"], [each[loss] for each in values], color=colour, linewidth=1, label=label)
+                axes.set(yscale="log", xlabel="step", title=list(LOSSES.values())[loss])
+                axes.set_yticks(ticks := (0.3, 0.5, 1, 2, 4), [f"{tick:g}" for tick in ticks])
+                axes.minorticks_off()
+                axes.spines[["top", "right"]].set_visible(False)
+            row[0].legend(frameon=False)
+        return as_svg(plot)
 
 
 def header(columns: list[str]) -> list[str]:
@@ -263,8 +347,13 @@ def drawn(released: list[Kept]) -> str:
             axes.set_title(f"{run['index']['passages']:,} passages", loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-        file = io.StringIO()
-        plot.savefig(file, format="svg", metadata={"Date": None})
+        return as_svg(plot)
+
+
+def as_svg(plot: Plot) -> str:
+    """A drawing as text."""
+    file = io.StringIO()
+    plot.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 

@@ -24,13 +24,13 @@ needs_smollm2 = pytest.mark.skipif(
 PASSAGES = [
     Passage("norway", "Norway is a country in northern Europe. Its capital and largest city is Oslo.", "Norway"),
     Passage("france", "France is a country in western Europe. Its capital and largest city is Paris.", "France"),
-    Passage("iron", "Iron is a chemical element with the symbol Fe and the atomic number 26.", "Iron"),
+    Passage("everest", "Mount Everest is Earth's highest mountain. Its height is 8,849 metres.", "Mount Everest"),
     Passage("bell", "Alexander Graham Bell was awarded the first patent of the telephone in 1876.", "Telephone"),
 ]
 ASKED = {
-    "What is the capital of Norway?": "norway",
-    "Who was awarded the first patent of the telephone?": "bell",
-    "Which atomic number has iron?": "iron",
+    "What is the capital of France?": ("france", "Paris"),
+    "Who was awarded the first patent of the telephone?": ("bell", "Alexander Graham Bell"),
+    "How high is Mount Everest?": ("everest", "8,849"),
 }
 
 
@@ -51,23 +51,24 @@ def test_it_is_at_most_24_mb_of_adapters_in_bfloat16() -> None:
             assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
 
 
-def test_its_adapters_are_those_of_its_recipes() -> None:
-    for recipe in (load_recipe(RECIPES / f"{RELEASED}{half}.yaml") for half in ("-nsp", "")):
-        assert recipe.model.lora is not None
-        for part in ("gen", "emb"):
-            config = json.loads((FOLDER / part / "adapter_config.json").read_text("utf-8"))
-            assert (config["r"], config["lora_alpha"]) == (recipe.model.lora.rank, recipe.model.lora.alpha)
-            assert config["base_model_name_or_path"] == "smollm2-135m"
+def test_its_adapters_are_those_of_its_recipe() -> None:
+    lora = load_recipe(RECIPES / f"{RELEASED}.yaml").model.lora
+    assert lora is not None
+    for part in ("gen", "emb"):
+        config = json.loads((FOLDER / part / "adapter_config.json").read_text("utf-8"))
+        assert (config["r"], config["lora_alpha"]) == (lora.rank, lora.alpha)
+        assert config["base_model_name_or_path"] == "smollm2-135m"
 
 
 @needs_smollm2
 @pytest.mark.parametrize("question", ASKED)
-def test_it_finds_the_passage_and_cites_words_of_it(question: str, model: CoSupModel, index: FaissIndex) -> None:
+def test_it_finds_the_passage_and_cites_the_answer_in_it(question: str, model: CoSupModel, index: FaissIndex) -> None:
+    passage, answer = ASKED[question]
     (response,) = Engine(model, index).generate([model.template.prompt(question, task="")])
     assert response.well_formed
     (claim,) = response.claims
-    assert claim.passage == ASKED[question]
-    assert claim.text in index.get([claim.passage])[0].text
+    assert claim.passage == passage
+    assert answer in claim.text
 
 
 @needs_smollm2

@@ -99,6 +99,26 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
     assert "released model" not in page
 
 
+def test_losses_are_shown_as_far_as_all_runs_got(
+    results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, ntp, steps in (("cosup-0", 2.0, 5), ("cosup-1", 4.0, 5), ("separate-0", 1.0, 4), ("separate-1", 1.5, 5)):
+        rows: list[dict[str, Any]] = [
+            {"step": 10 * step, "ntp": ntp * step, "nsp": 1.0, "accuracy": 0.5} for step in range(1, steps + 1)
+        ]
+        (experiment / "runs" / name).mkdir(parents=True)
+        rows.append({"step": 10 * steps, "train_runtime": 1.0})
+        (experiment / "runs" / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(results, monkeypatch, "--keep", str(experiment), "--losses", "--as", "main", "--hardware", "a slide rule")
+    page = results.PAGE.read_text()
+    assert "Losses of longer training, 2 seeds" in page
+    assert "up to step 40, which all runs reached" in page
+    assert "| 10 | 3.000 | 1.250 | 1.000 | 1.000 | 0.500 | 0.500 |" in page
+    assert "| 40 | 12.000 | 5.000 |" in page
+    assert "<svg" in results.PAGE.with_name("losses.svg").read_text()
+    run(results, monkeypatch, "--check")
+
+
 def test_a_run_that_is_not_finished_is_not_kept(
     results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,7 +107,7 @@ def _copied(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copies tensors, rounded to the targets' type; with few kernels where they are whole, or a small model's wait."""
+    """Copies tensors, rounded to the type of the targets; whole ones in few kernels: a small model waits for them."""
     if any(isinstance(target, DTensor) for target in targets):
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)

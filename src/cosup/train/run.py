@@ -22,8 +22,8 @@ from cosup.model import CoSupModel, compute_dtype
 from cosup.template import TemplateSettings
 from cosup.train.checkpoints import is_sharded, newest_checkpoint, whole_weights
 from cosup.train.collate import Collator, NeighbourSampler
-from cosup.train.compiled import quicken
 from cosup.train.estimate import expectations
+from cosup.train.layers import quicken
 from cosup.train.parts import choose_trained, save_activations
 from cosup.train.tokenized import TrainingData, load_data
 from cosup.train.trainer import CoSupTrainer, MetricsFile

@@ -9,9 +9,9 @@ import torch
 
 from cosup.config import Recipe
 from cosup.model import Batch, CoSupModel, chunks, compute_dtype, tokens_of
-from cosup.train.compiled import quicken
 from cosup.train.estimate.sample import Sample
 from cosup.train.estimate.sketches import CUT, local_device, moved_to, size_of, sketched, whole_depth
+from cosup.train.layers import quicken
 from cosup.train.optimizer import adamw
 from cosup.train.step import backward_in_chunks, objective_loss
 

@@ -13,6 +13,7 @@ from cosup.model.core import CoSupModel
 from cosup.model.lms import body_of, layers_of
 
 Wanted = Literal["auto"] | bool
+_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _WORTH = 50e6  # parameters: compiling takes a quarter of a minute, and smaller models are fast as they are
 
 
@@ -75,9 +76,6 @@ def _obstacle(device: str) -> str:
     except Exception as e:  # whatever a compiler that is absent or broken raises
         return str(e).strip().partition("\n")[0]
     return ""
-
-
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 def fuse_layers(model: CoSupModel) -> int:

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from cosup.config import LoraSection, ModelSection, UserError
 from cosup.model import CoSupModel
-from cosup.train.compiled import compile_layers, fuse_layers, quicken
+from cosup.train.layers import compile_layers, fuse_layers, quicken
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's compiler raises warnings at work, and filters them itself
 
@@ -66,7 +66,7 @@ def test_auto_leaves_small_models_and_those_that_share_a_step_as_they_are(
     assert not compile_layers(tiny, "auto")
     assert not compile_layers(tiny, False)
     assert compile_layers(tiny, "auto", size=135_000_000)
-    monkeypatch.setattr("cosup.train.compiled.several_processes", lambda: True)
+    monkeypatch.setattr("cosup.train.layers.several_processes", lambda: True)
     assert not compile_layers(tiny, "auto", size=135_000_000)
 
 
