@@ -178,6 +178,15 @@ class Template:
         text: str = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         return text
 
+    def spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Of each text its `encode`, and which characters each id stands for; of the tokenizers that can tell."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )
+        return list(zip(encoded.input_ids, encoded.offset_mapping, strict=True))
+
     def prompt(self, question: str, *, task: str) -> list[int]:
         """Ids of instruction and question, with the beginning-of-sequence token where the tokenizer has one."""
         return self._laid_out(self._instruction(task), question)

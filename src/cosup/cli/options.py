@@ -45,6 +45,9 @@ def _writing(
     forget_passages: Annotated[
         bool, typer.Option("--forget-passages", help="Take each passage out of the context when its claim is closed.")
     ] = False,
+    quote: Annotated[
+        bool, typer.Option("--quote", help="Let each claim be a piece of its passage, word for word.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")] = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", help="Sample from the likeliest tokens up to this probability.")
@@ -64,6 +67,7 @@ def _writing(
         max_retrievals=max_retrievals,
         min_score=min_score,
         forget_passages=forget_passages,
+        quote=quote,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,

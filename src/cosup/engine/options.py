@@ -22,6 +22,7 @@ class Options:
         retrieve_first: whether the response begins with a retrieval, whatever Gen would choose.
         forget_passages: whether a passage leaves Gen's context when its claim is closed, so that only
             `[Cs] claim [Ce]` stays: the paper's truncation of the context.
+        quote: whether a claim is a piece of its passage, word for word. Not for answers that judge, as true or false.
         mode: `cosup` retrieves where Gen asks; `static` once, with the prompt, before it writes; `none` never.
         candidates: how many passages a retrieval reports.
         where: values that `meta` of a passage must have to be found.
@@ -43,6 +44,7 @@ class Options:
     min_score: float | None = None
     retrieve_first: bool = False
     forget_passages: bool = False
+    quote: bool = False
     mode: Mode = "cosup"
     candidates: int = 5
     where: Mapping[str, Any] | None = None

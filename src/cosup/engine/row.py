@@ -14,6 +14,7 @@ from dataclasses import replace
 from cosup.data import Passage
 from cosup.engine.events import ClaimClosed, ClaimOpened, Event, Finished, Inserted, Retrieved, Token
 from cosup.engine.options import Options
+from cosup.engine.quotes import Quotes
 from cosup.index import Hit
 from cosup.template import Claim, Parser, Reason, Response, Template
 
@@ -50,6 +51,7 @@ class Row:
         self._shortened: list[str] = []
         self._ret = self._claim = 0  # places in `context` of the last [Ret] and of the token after its [Cs]
         self._nothing_found = self._forced = False
+        self._quotes: Quotes | None = None  # of the passage that is cited now, where claims quote
         self._read = self.sampled = 0
         self._shown, self._cut = "", -1
         self._started = time.perf_counter()
@@ -74,6 +76,14 @@ class Row:
         if self._nothing_found or len(self._hits) >= self.options.most_retrievals:
             banned.append(t.ret)
         return banned
+
+    @property
+    def allowed(self) -> list[int] | None:
+        """The only tokens that Gen can choose now; None where it is all but the banned ones."""
+        if self._quotes is None or self._parser.state != "claim":
+            return None
+        following, ends = self._quotes.next(self.context[self._claim :])
+        return [*following, self._template.ce] if ends else following
 
     def guess(self, most: int) -> list[int]:
         """What may come next, none of it sure: what followed when the last two tokens stood here before.
@@ -148,6 +158,7 @@ class Row:
         for token in self._template.inserted(passage, max_tokens=room):
             self._append(token, inserted=True)
         self._claim = len(self.context)
+        self._quotes = Quotes(passage, self._template) if self.options.quote else None
         self.events.append(ClaimOpened(hit.id))
 
     def withdraw(self) -> None:

@@ -273,6 +273,11 @@ class Session:
     def _choose(self, rows: list[Row], logits_RV: Tensor) -> None:
         banned = [(i, token) for i, row in enumerate(rows) for token in row.banned]
         logits_RV[[i for i, _ in banned], [token for _, token in banned]] = -torch.inf
+        for i, row in enumerate(rows):
+            if (allowed := row.allowed) is not None:
+                kept = logits_RV[i, allowed]
+                logits_RV[i] = -torch.inf
+                logits_RV[i, allowed] = kept
         draws = [row.draw() if row.options.temperature > 0 else 0.0 for row in rows]
         for row, token in zip(rows, choose(logits_RV, [row.options for row in rows], draws), strict=True):
             row.write(token)

@@ -61,6 +61,7 @@ class Extras(BaseModel):
     candidates: Annotated[int, Field(ge=1, le=100)] = 5
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     forget_passages: bool = False
+    quote: bool = False
     events: bool = False
 
 
