@@ -50,7 +50,7 @@ def main() -> None:
     if arguments.keep:
         if not arguments.name:
             parser.error("--keep needs --as NAME, which names the file")
-        if missing := None if arguments.losses else unfinished(arguments.keep):
+        if missing := unlogged(arguments.keep) if arguments.losses else unfinished(arguments.keep):
             parser.error(f"{missing} is missing; run the experiment again, which goes on, or remove the run")
         told = {
             "date": datetime.now(UTC).date().isoformat(),
@@ -77,6 +77,12 @@ def unfinished(folder: Path) -> Path | None:
     return next((path for path in expected if not path.is_file()), None)
 
 
+def unlogged(folder: Path) -> Path | None:
+    """A file of losses that the folder lacks; None where it has some of both conditions."""
+    wanted = [folder / "runs" / f"{condition}-0" / "metrics.jsonl" for condition in COMPARED]
+    return next((path for path in wanted if not path.is_file()), None)
+
+
 def keep(kept: Kept, path: Path) -> None:
     """Writes what is kept of an experiment as one file."""
     with atomic_file(path) as file:
@@ -97,7 +103,7 @@ def losses_of(folder: Path) -> Kept:
     """What the trainings of the main comparison logged, step by step, as far as all of them got."""
     logs = {path.parent.name: path for path in sorted(folder.glob("runs/*/metrics.jsonl"))}
     runs = {
-        name: {row["step"]: [row[loss] for loss in LOSSES] for row in log_of(path) if "accuracy" in row}
+        name: {row["step"]: [round(row[loss], 4) for loss in LOSSES] for row in log_of(path) if "accuracy" in row}
         for name, path in logs.items()
         if name.rpartition("-")[0] in COMPARED
     }

@@ -219,6 +219,13 @@ def test_a_finished_run_can_be_judged_again_and_a_run_of_another_kind_is_refused
     again = FakeNli()
     assert evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW, nli=again)["mixed"] == judged
     assert again.asked == []
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    del kept["options"]["quote"]  # as one was that an earlier version began
+    (tmp_path / "run" / "run.json").write_text(json.dumps(kept))
+    assert evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW, nli=again)["mixed"] == judged
+    quoting = replace(FEW, options=replace(FEW.options, quote=True))
+    with pytest.raises(UserError, match="another options"):
+        evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=quoting)
     with pytest.raises(UserError, match="another mode"):
         evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=RunSettings("static", options=FEW.options))
     other = CoSupModel.load(tiny_folder, dtype="float64", device="cpu")

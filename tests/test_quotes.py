@@ -12,7 +12,8 @@ from cosup.data import Passage
 from cosup.embedder import ModelEmbedder
 from cosup.engine import Engine, Options
 from cosup.engine.quotes import Quotes
-from cosup.index import build_index
+from cosup.engine.row import Row
+from cosup.index import Hit, build_index
 from cosup.model import CoSupModel
 from cosup.template import Template
 
@@ -30,7 +31,7 @@ def t(tiny: CoSupModel) -> Template:
 
 
 def test_whatever_is_chosen_is_whole_words_of_title_or_text(t: Template) -> None:
-    quotes, rng = Quotes(PASSAGE, t), random.Random(0)
+    quotes, rng = Quotes(PASSAGE, t.passage_text(PASSAGE), t), random.Random(0)
     found = set()
     for _ in range(300):
         claim: list[int] = []
@@ -51,7 +52,7 @@ def test_whatever_is_chosen_is_whole_words_of_title_or_text(t: Template) -> None
     "quoted", ["Zürich", "largest city", '"largest city"', "443,037 people", "東京 is larger", "Kraków", "Kraków."]
 )
 def test_words_can_be_quoted_with_and_without_the_marks_around_them(quoted: str, t: Template) -> None:
-    quotes, claim = Quotes(PASSAGE, t), t.encode(quoted)
+    quotes, claim = Quotes(PASSAGE, t.passage_text(PASSAGE), t), t.encode(quoted)
     for count, token in enumerate(claim):
         assert token in quotes.next(claim[:count])[0]
     assert quotes.next(claim)[1]
@@ -59,8 +60,19 @@ def test_words_can_be_quoted_with_and_without_the_marks_around_them(quoted: str,
 
 @pytest.mark.parametrize("text", ["…", "\N{ZERO WIDTH SPACE}", "-- --"])
 def test_of_a_passage_without_words_its_marks_are_quoted(text: str, t: Template) -> None:
-    following, ends = Quotes(Passage("p", text), t).next([])
+    following, ends = Quotes(Passage("p", text), text, t).next([])
     assert following or ends
+
+
+def test_nothing_is_quoted_that_was_not_read(t: Template) -> None:
+    long = Passage("p", "Oslo is a city. " * 30 + "Gold is not.", "Norway")
+    row = Row(0, t.prompt("?", task=""), Options(quote=True, retrieve_first=True), template=t, limit=90)
+    row.read(len(row.unread))
+    hit = row.choose([Hit("p", 1.0)])
+    assert hit is not None
+    row.insert(hit, long)
+    assert not {t.encode("Gold")[0], t.encode("not")[0]} & set(row.allowed or ())
+    assert t.encode("Oslo")[0] in (row.allowed or ())
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -132,4 +132,8 @@ def test_a_run_that_is_not_finished_is_not_kept(
             run(results, monkeypatch, "--keep", str(folder), "--as", "some")
         assert refused.value.code == 2
         assert missing in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        run(results, monkeypatch, "--keep", str(experiment), "--losses", "--as", "some")
+    assert refused.value.code == 2
+    assert "runs/cosup-0/metrics.jsonl is missing" in capsys.readouterr().err
     assert not list(results.HERE.iterdir())

@@ -23,6 +23,7 @@ IndexOption = Annotated[
 ]
 TaskOption = Annotated[str, typer.Option("--task", help="Which task's instruction the question is given.")]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens that the model may choose.")]
+QuoteOption = Annotated[bool, typer.Option("--quote", help="Let each claim be a piece of its passage, word for word.")]
 PassagesOption = Annotated[
     list[str],
     typer.Option("--passages", help="JSONL, Parquet, a folder of Parquet, or hf:NAME[:SPLIT]; may be repeated."),
@@ -45,9 +46,7 @@ def _writing(
     forget_passages: Annotated[
         bool, typer.Option("--forget-passages", help="Take each passage out of the context when its claim is closed.")
     ] = False,
-    quote: Annotated[
-        bool, typer.Option("--quote", help="Let each claim be a piece of its passage, word for word.")
-    ] = False,
+    quote: QuoteOption = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")] = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", help="Sample from the likeliest tokens up to this probability.")

@@ -17,11 +17,13 @@ class Quotes:
 
     Args:
         passage: its title and its text are quoted, each for itself.
+        read: how much of it Gen has read, as text.
         template: encodes them.
     """
 
-    def __init__(self, passage: Passage, template: Template):
-        pieces = [piece for text in (passage.title, passage.text) for piece in _pieces(text)]
+    def __init__(self, passage: Passage, read: str, template: Template):
+        title = len(template.passage_text(passage)) - len(passage.text)  # and what stands between
+        pieces = [piece for text in (passage.title, passage.text[: len(read) - title]) for piece in _pieces(text)]
         self._sequences = [
             (ids, _word_ends(piece, spans)) for piece, (ids, spans) in zip(pieces, template.spans(pieces), strict=True)
         ]

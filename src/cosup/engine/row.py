@@ -155,11 +155,15 @@ class Row:
         if not self._template.fits(passage, max_tokens=room):
             self._shortened.append(hit.id)
         self.events.append(Inserted(hit.id, hit.score))
-        for token in self._template.inserted(passage, max_tokens=room):
+        inserted = self._template.inserted(passage, max_tokens=room)
+        for token in inserted:
             self._append(token, inserted=True)
         self._claim = len(self.context)
-        self._quotes = Quotes(passage, self._template) if self.options.quote else None
+        self._quotes = self._quotable(passage, inserted) if self.options.quote else None
         self.events.append(ClaimOpened(hit.id))
+
+    def _quotable(self, passage: Passage, inserted: Sequence[int]) -> Quotes:
+        return Quotes(passage, self._template.decode(inserted[:-1]), self._template)
 
     def withdraw(self) -> None:
         """Takes `[Ret]` back; the token before it is read again, to choose another in its place."""

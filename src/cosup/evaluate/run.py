@@ -292,6 +292,7 @@ def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
         found: dict[str, Any] = {"tasks": {}}
     else:
         found = json.loads(path.read_text("utf-8"))
+        found["options"] = {**asdict(Options()), **found["options"]}  # what was no option yet was as it is by default
         _refuse_other(out, found, wanted)
     settings = {**wanted, "tasks": found["tasks"] | wanted["tasks"], "training": _training(source)}
     settings["created"] = found.get("created") or datetime.now(UTC).isoformat(timespec="seconds")
