@@ -6,14 +6,15 @@
 FOLDER holds `train/`, `dev/` and `corpus.jsonl.gz` in the form of the README's "Formats". Conditions differ from
 `recipes/experiment.yaml` in what `CONDITIONS` says, and in nothing else: same examples, same order, same steps. Those
 of the main comparison are trained with every seed, the others with the first. All are judged on the same questions of
-each data set, over one corpus that holds the gold passages and others drawn at random; with seeds after the first, only
-on the data sets of the 13 cells. `squad-gold` are SQuAD's questions with nothing but their gold passage to retrieve.
-`released` is the model that comes with cosup, as it is.
+each data set, over one corpus that holds the gold passages and others drawn at random; the sweeps, and seeds after the
+first, only on the data sets of the 13 cells. `squad-gold` are SQuAD's questions with nothing but their gold passage to
+retrieve. `released` is the model that comes with cosup, as it is.
 
 What is finished is skipped, and what was interrupted goes on: stop it at any time, and run it again. A GPU has room for
 several conditions at once: `--workers`. `--out` then holds
 `data/`, `runs/`, `indexes/`, `evaluations/`, `report/` as `cosup report` writes it, `baselines.json`: success@1 of
-all-MiniLM-L6-v2 on the same corpus, and `cells.md`: co-supervision against separate training in 13 cells.
+all-MiniLM-L6-v2 on the same corpus, `cells.md`: co-supervision against separate training in 13 cells, and `sweeps.md`:
+every condition with one seed against co-supervision with the same.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "released": (),
 }
 MAIN = ("cosup", "separate")
+ON_ALL_SETS = (*MAIN, "untrained", "released")  # with their first seed
 MINING = "hard-negatives"  # mines with the model of `cosup`
 ROWS = 64 if torch.cuda.is_available() else 16  # questions that are answered at once
 MODES: dict[str, tuple[Mode, ...]] = {
@@ -82,6 +84,7 @@ Job = tuple[str, int, Mode]
 
 RETRIEVAL = ("squad", "nq", "fever", "hotpotqa", "asqa", "triviaqa", "wow")
 CORRECTNESS = RETRIEVAL[:-1]
+PARTS = ("retrieval", "answers", "both")
 
 
 def main() -> None:
@@ -96,10 +99,11 @@ def main() -> None:
     baselines(data, arguments.out / "baselines.json")
     folders = finished(arguments.out / "evaluations")  # of earlier calls too
     write_report(folders, arguments.out / "report")
-    compared = cells(conditions_of([read_run(folder) for folder in folders]))
-    with atomic_file(arguments.out / "cells.md") as file:
-        file.write(compared.encode())
-    print(compared)
+    conditions = conditions_of([read_run(folder) for folder in folders])
+    for name, table in {"cells": cells(conditions), "sweeps": sweeps(conditions)}.items():
+        with atomic_file(arguments.out / f"{name}.md") as file:
+            file.write(table.encode())
+        print(table)
 
 
 def finished(evaluations: Path) -> list[Path]:
@@ -247,7 +251,8 @@ def judged(condition: str, seed: int, mode: Mode, data: Data, arguments: argpars
     index = indexed(model, data.corpus, arguments.out / "indexes" / f"{condition}-{seed}")
     name = condition if mode == MODES.get(condition, ("cosup",))[0] else f"{condition}-{mode}"
     folder: Path = arguments.out / "evaluations" / f"{name}-{seed}"
-    asked = [path for path in data.tasks if seed == arguments.seeds[0] or path.stem in RETRIEVAL]
+    on_all = condition in ON_ALL_SETS and seed == arguments.seeds[0]
+    asked = [path for path in data.tasks if on_all or path.stem in RETRIEVAL]
     evaluate_tasks(
         model,
         index,
@@ -301,45 +306,88 @@ def with_negatives(recipe: Recipe, data: Data, arguments: argparse.Namespace) ->
     return path
 
 
+class Cell(NamedTuple):
+    """One figure of one data set, of two conditions: float64 [S, Q] each, for the same seeds and questions."""
+
+    kind: str
+    task: str
+    figure: str
+    ids: list[str]
+    first_SQ: Values
+    second_SQ: Values
+
+    def means(self) -> tuple[float, float]:
+        """Over seeds and questions."""
+        return float(self.first_SQ.mean()), float(self.second_SQ.mean())
+
+
 def cells(conditions: Sequence[Condition]) -> str:
     """Co-supervision against separate training in 13 cells, as Markdown; empty where one of them is missing."""
     by_name = {condition.name: condition for condition in conditions}
-    if not {"cosup", "separate"} <= set(by_name):
+    if not set(MAIN) <= set(by_name):
         return ""
-    both = by_name["cosup"], by_name["separate"]
+    found = compared(*(by_name[name] for name in MAIN))
     lines = ["| cell | n | cosup | separate | difference |", "|---|--:|--:|--:|--:|"]
-    differences: dict[str, dict[Any, list[Values]]] = {"retrieval": {}, "answers": {}, "both": {}}
-    held = 0
-    for kind, task, figure in thirteen(both[0]):
-        theirs = set(both[1].ids(task, figure))
-        ids = [id for id in both[0].ids(task, figure) if id in theirs]
-        first_SQ, second_SQ = (condition.scores(task, figure, ids) for condition in both)
-        means = first_SQ.mean(), second_SQ.mean()
-        held += means[0] >= means[1]
-        name = f"{HEADLINES[task].title}, {label_of(figure)}"
-        lines.append(f"| {name} | {len(ids)} | {means[0]:.3f} | {means[1]:.3f} | {means[0] - means[1]:+.3f} |")
-        for id, difference_S in zip(ids, (first_SQ - second_SQ).T, strict=True):
-            for part in (kind, "both"):
-                differences[part].setdefault((task, id), []).append(difference_S)
+    for cell in found:
+        ours, theirs = cell.means()
+        name = f"{HEADLINES[cell.task].title}, {label_of(cell.figure)}"
+        lines.append(f"| {name} | {len(cell.ids)} | {ours:.3f} | {theirs:.3f} | {ours - theirs:+.3f} |")
+    held = sum(ours >= theirs for ours, theirs in (cell.means() for cell in found))
     lines += [
         "",
         f"Co-supervision is at least as good in {held} of 13 cells. The mean difference, each question counted once:",
     ]
-    lines += ["", *(f"- {told(part, list(found.values()))}" for part, found in differences.items())]
+    lines += ["", *(f"- {told(part, difference(found, part))}" for part in PARTS)]
     return "\n".join(lines) + "\n"
 
 
-def thirteen(condition: Condition) -> list[tuple[str, str, str]]:
-    """What each cell is of: retrieval or answers, data set, figure."""
+def sweeps(conditions: Sequence[Condition]) -> str:
+    """Each condition that is trained with one seed against co-supervision with that seed, as Markdown."""
+    by_name = {condition.name: replace(condition, runs=condition.runs[:1]) for condition in conditions}
+    swept = [name for name in CONDITIONS if name in by_name and name not in ON_ALL_SETS]
+    if "cosup" not in by_name or not swept:
+        return ""
+    lines = ["| condition | retrieval | less that of cosup | answers | less those of cosup |", "|---|--:|--:|--:|--:|"]
+    for name in ("cosup", *swept):
+        found = compared(by_name[name], by_name["cosup"])
+        parts = [f"{name}"]
+        for part in PARTS[:-1]:
+            mean = np.mean([cell.means()[0] for cell in found if cell.kind == part])
+            less = difference(found, part)
+            interval = f"{less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}]" if name in swept else ""
+            parts += [f"{mean:.3f}", interval]
+        lines.append(f"| {' | '.join(parts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def compared(first: Condition, second: Condition) -> list[Cell]:
+    """The 13 cells of two conditions."""
     found = [("retrieval", task, "forced_success@1") for task in RETRIEVAL]
-    return found + [("answers", task, correctness(task, condition)) for task in CORRECTNESS]
+    found += [("answers", task, correctness(task, first)) for task in CORRECTNESS]
+    cells = []
+    for kind, task, figure in found:
+        theirs = set(second.ids(task, figure))
+        ids = [id for id in first.ids(task, figure) if id in theirs]
+        cells.append(
+            Cell(kind, task, figure, ids, *(condition.scores(task, figure, ids) for condition in (first, second)))
+        )
+    return cells
 
 
-def told(part: str, differences: Sequence[Sequence[Values]]) -> str:
-    """The mean over questions of differences [S] of one or two cells, with an interval over questions and seeds."""
-    mean_SQ = np.stack([np.mean(of_one, axis=0) for of_one in differences], axis=1)
-    found = metrics.paired_difference(np.zeros_like(mean_SQ[:1]), mean_SQ)  # a draw of seeds takes both conditions'
-    seeds = f"{len(mean_SQ)} seeds" if len(mean_SQ) > 1 else "1 seed"
+def difference(cells: Sequence[Cell], part: str) -> metrics.Difference:
+    """The mean difference in the cells of one kind, or in both, with an interval over questions and seeds."""
+    found: dict[tuple[str, str], list[Values]] = {}
+    for cell in cells:
+        for id, difference_S in zip(cell.ids, (cell.first_SQ - cell.second_SQ).T, strict=True):
+            if part in (cell.kind, "both"):
+                found.setdefault((cell.task, id), []).append(difference_S)
+    mean_SQ = np.stack([np.mean(of_one, axis=0) for of_one in found.values()], axis=1)
+    return metrics.paired_difference(np.zeros_like(mean_SQ[:1]), mean_SQ)  # a draw of seeds takes both conditions'
+
+
+def told(part: str, found: metrics.Difference) -> str:
+    """A difference in a sentence."""
+    seeds = f"{found.seeds[1]} seeds" if found.seeds[1] > 1 else "1 seed"
     return (
         f"{part}: {found.value:+.4f}, 95 % interval over questions and seeds [{found.low:+.4f}, {found.high:+.4f}], "
         f"p {found.p:.4f} for these seeds ({found.questions:,} questions, {seeds})"

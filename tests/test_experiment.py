@@ -130,6 +130,15 @@ def test_cells_compare_the_same_questions_over_all_seeds(experiment: ModuleType)
     assert experiment.cells([ours]) == ""
 
 
+def test_sweeps_compare_with_the_first_seed_of_co_supervision(experiment: ModuleType) -> None:
+    ours, swept = condition(experiment, "cosup", [[1, 1], [0, 0]]), condition(experiment, "lambda-5", [[0, 1]])
+    told = experiment.sweeps([ours, condition(experiment, "separate", [[1, 1]]), swept])
+    assert "| cosup | 1.000 |  | 1.000 |  |" in told
+    assert "| lambda-5 | 0.500 | -0.500 [-0.7" in told
+    assert "separate" not in told
+    assert experiment.sweeps([ours]) == experiment.sweeps([swept]) == ""
+
+
 @pytest.mark.slow
 def test_conditions_are_trained_judged_compared_and_not_done_twice(
     experiment: ModuleType, source: Path, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

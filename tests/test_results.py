@@ -87,13 +87,14 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
         log = experiment / "evaluations" / name / "training.jsonl"
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (experiment / "cells.md").write_text("| the cells |\n")
+    (experiment / "sweeps.md").write_text("| the sweeps |\n")
     run(results, monkeypatch, "--keep", str(experiment), "--as", "main", "--hardware", "a slide rule")
     page = results.PAGE.read_text()
     assert "| the cells |" in page
-    assert "| data set | cosup | separate | BM25 | all-MiniLM-L6-v2 |" in page
-    assert "| NQ | 0.625 | 0.500 | 0.375 | 0.750 |" in page
-    assert "| data set |  | cosup | cosup-bm25 | separate |" in page
-    assert "| NQ | answer presence in the whole answer | 0.500 | 0.125 |  |" in page
+    assert "|  | NQ |\n|---|--:|\n| cosup | 0.625 |\n| separate | 0.500 |\n| BM25 | 0.375 |\n| all-Mini" in page
+    assert "NQ: answer presence in the whole answer:\n" in page
+    assert "| cosup | 0.500 |\n| cosup-bm25 | 0.125 |\n| separate |  |" in page
+    assert "| the sweeps |" in page
     assert "| separate-0 | separate | 8 | 15,000 | 1.5 |" in page
     assert "| cosup-bm25-0 |" not in page
     assert "released model" not in page
