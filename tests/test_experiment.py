@@ -154,6 +154,8 @@ def test_conditions_are_trained_judged_compared_and_not_done_twice(
     assert all(f"- {part}: " in told for part in ("retrieval", "answers", "both"))
     assert json.loads((out / "baselines.json").read_text())["all-minilm-l6-v2"]["squad"]["count"] == 3
     assert (out / "evaluations" / "cosup-0" / "squad-gold" / "figures.json").is_file()
+    assert not (out / "evaluations" / "hard-negatives-0" / "squad-gold").exists()
+    assert "| hard-negatives | " in (out / "sweeps.md").read_text()
     trained = ["cosup-0", "cosup-1", "hard-negatives-0", "separate-0", "separate-1"]
     assert sorted(path.name for path in (out / "runs").iterdir()) == trained
     judged = sorted([*trained, "cosup-static-0", "cosup-none-0", "separate-bm25-0"])
