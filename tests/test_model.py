@@ -40,6 +40,19 @@ def test_embed_ignores_padding_on_either_side(tiny: CoSupModel, passages: list[P
     )
 
 
+def test_an_lm_that_is_called_itself_sees_nothing_that_comes_later(tiny: CoSupModel) -> None:
+    ids = torch.tensor([tiny.template.prompt("Which city is the capital of Norway?", task="qa")])
+    with torch.no_grad():
+        whole, first = (tiny.gen(input_ids=part).logits for part in (ids, ids[:, :5]))
+        known = tiny.gen(input_ids=ids[:, :3], use_cache=True).past_key_values
+        rest = tiny.gen(input_ids=ids[:, 3:], past_key_values=known).logits
+        tiny.gen.set_attn_implementation("sdpa")
+        theirs = tiny.gen(input_ids=ids).logits
+    torch.testing.assert_close(whole, theirs)
+    torch.testing.assert_close(whole[:, :5], first)
+    torch.testing.assert_close(whole[:, 3:], rest)
+
+
 def test_packed_states_equal_those_of_transformers_one_by_one(tiny: CoSupModel, tiny_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 

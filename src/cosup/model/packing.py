@@ -211,9 +211,13 @@ def attention(
 
     With `seq_lens`, and `seq_bounds` [N + 1], where they begin and end, the one row holds several sequences of these
     lengths, each blind to the others, and causal unless the module says that it is not. With `attend`, the engine's
-    cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is.
+    cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is; without one, as where somebody
+    calls an LM itself, tokens see what is before them unless the module says otherwise.
     """
     if attend is None and seq_lens is None:
+        if attention_mask is None and getattr(module, "is_causal", True):
+            read, known = query_BHTd.shape[2], key_BHTd.shape[2]
+            attention_mask = torch.ones(read, known, dtype=torch.bool, device=query_BHTd.device).tril(known - read)
         out_BHTd = F.scaled_dot_product_attention(
             query_BHTd, key_BHTd, value_BHTd, attn_mask=attention_mask, scale=scaling, enable_gqa=True
         )
