@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,10 +37,20 @@ def main() -> None:
         raise UserError(f"{missing} has no adapters of Gen to take the mean of: train with model.lora")
     if read_settings(models[0]).emb_is_gen:
         raise UserError(f"in {models[0]} Emb_seq is Gen, and its indexes would be lost: average runs with an Emb_seq")
-    averaged = mean([load_file(model / ADAPTERS) for model in models])
+    if arguments.out.resolve() in [model.resolve() for model in models]:
+        raise UserError(f"{arguments.out} is read, and would be replaced; name another folder with --out")
+    averaged = mean([read(model / ADAPTERS) for model in models])
     with atomic_folder(arguments.out, marker="cosup.json") as new:
         shutil.copytree(models[0], new, dirs_exist_ok=True)
         save_file(averaged, new / ADAPTERS, metadata={"format": "pt"})
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The weights of a file. Raises UserError if it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise UserError(f"{path} is damaged ({e}); copy it again, or train again") from None
 
 
 def mean(adapters: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -185,10 +184,10 @@ def swept(kept: Kept) -> list[str]:
     return [
         "## One setting changed",
         "",
-        f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. Co-supervision with another weight of the loss of "
-        "sequences (lambda, 1 in `cosup`), another Emb_seq (in `cosup` a copy of Gen), mined negatives, or the loss of "
-        "tokens on passages too; else all as in `cosup`, same examples, same order. Means of seven cells and of six, "
-        "first seed; differences with 95 % intervals over questions, each counted once, not over seeds.",
+        f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. `separate`, and co-supervision with another weight "
+        "of the loss of sequences (lambda, 1 in `cosup`), another Emb_seq (in `cosup` a copy of Gen), mined negatives, "
+        "or the loss of tokens on passages too; all else as in `cosup`, same examples, same order. Means of seven "
+        "cells and of six, first seed; differences with 95 % intervals over questions, each counted once, not seeds.",
         "",
         *kept["sweeps"].splitlines(),
         "",
@@ -203,13 +202,13 @@ def conditions(kept: Kept) -> list[str]:
     lines = ["Success@1 of every condition, forced, first seed:", "", *header(["", *map(title, searched)])]
     rows = {name: runs[name] for name in runs if kept["runs"][f"{name}-0"]["mode"] == "cosup"}
     for name, tasks in rows.items():
-        lines.append(row(name, (value(tasks.get(task, {}), "forced_success@1") for task in searched)))
-    lines.append(row("BM25", (value(cosup[task], "bm25_success@1") for task in searched)))
-    lines.append(row("all-MiniLM-L6-v2", (value(kept["baselines"].get(BASELINE, {}), task) for task in searched)))
+        lines.append(row(name, *(value(tasks.get(task, {}), "forced_success@1") for task in searched)))
+    lines.append(row("BM25", *(value(cosup[task], "bm25_success@1") for task in searched)))
+    lines.append(row("all-MiniLM-L6-v2", *(value(kept["baselines"].get(BASELINE, {}), task) for task in searched)))
     figures = {task: name for task, found in cosup.items() if (name := correctness(task, found))}
     lines += ["", f"Their answers, first seed; {measures(figures)}:", "", *header(["", *map(title, figures)])]
     for name, tasks in runs.items():
-        lines.append(row(name, (value(tasks.get(task, {}), figure) for task, figure in figures.items())))
+        lines.append(row(name, *(value(tasks.get(task, {}), figure) for task, figure in figures.items())))
     return [*lines, ""]
 
 
@@ -272,14 +271,14 @@ def curves(losses: list[Kept]) -> str:
         return as_svg(plot)
 
 
-def row(name: str, cells: Iterable[str]) -> str:
+def row(*cells: str) -> str:
     """A row of a table."""
-    return f"| {' | '.join([name, *cells])} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def header(columns: list[str]) -> list[str]:
     """The head of a table of figures."""
-    return [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
+    return [row(*columns), "|---|" + "--:|" * (len(columns) - 1)]
 
 
 def retrieval(kept: Kept) -> list[str]:
@@ -314,7 +313,7 @@ def retrieval(kept: Kept) -> list[str]:
             value(figures, "bm25_success@1"),
             value(kept["baselines"].get(BASELINE, {}), task),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(*cells))
     return [*lines, ""]
 
 
@@ -338,7 +337,7 @@ def answers(kept: Kept) -> list[str]:
             value(figures, "cites"),
             f"{figures['claim_words']['value']:.0f}" if "claim_words" in figures else "",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(*cells))
     return [*lines, ""]
 
 

@@ -11,10 +11,9 @@ first, only on the data sets of the 13 cells. `squad-gold` are SQuAD's questions
 retrieve. `released` is the model that comes with cosup, as it is.
 
 What is finished is skipped, and what was interrupted goes on: stop it at any time, and run it again. A GPU has room for
-several conditions at once: `--workers`. `--out` then holds
-`data/`, `runs/`, `indexes/`, `evaluations/`, `report/` as `cosup report` writes it, `baselines.json`: success@1 of
-all-MiniLM-L6-v2 on the same corpus, `cells.md`: co-supervision against separate training in 13 cells, and `sweeps.md`:
-every condition with one seed against co-supervision with the same.
+several conditions at once: `--workers`. `--out` then holds `data/`, `runs/`, `indexes/`, `evaluations/`, `report/` as
+`cosup report` writes it, `baselines.json`: success@1 of all-MiniLM-L6-v2 on the same corpus, `cells.md`: co-supervision
+against separate training in 13 cells, and `sweeps.md`: every other way to train against co-supervision, first seed.
 """
 
 import argparse
@@ -66,7 +65,8 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "released": (),
 }
 MAIN = ("cosup", "separate")
-ON_ALL_SETS = (*MAIN, "untrained", "released")  # with their first seed
+AS_THEY_ARE = ("untrained", "released")
+ON_ALL_SETS = (*MAIN, *AS_THEY_ARE)  # with their first seed
 MINING = "hard-negatives"  # mines with the model of `cosup`
 ROWS = 64 if torch.cuda.is_available() else 16  # questions that are answered at once
 MODES: dict[str, tuple[Mode, ...]] = {
@@ -342,21 +342,19 @@ def cells(conditions: Sequence[Condition]) -> str:
 
 
 def sweeps(conditions: Sequence[Condition]) -> str:
-    """Each condition that is trained with one seed against co-supervision with that seed, as Markdown."""
+    """Each other way to train against co-supervision, all with the first seed, as Markdown."""
     by_name = {condition.name: replace(condition, runs=condition.runs[:1]) for condition in conditions}
-    swept = [name for name in CONDITIONS if name in by_name and name not in ON_ALL_SETS]
+    swept = [name for name in CONDITIONS if name in by_name and name not in ("cosup", *AS_THEY_ARE)]
     if "cosup" not in by_name or not swept:
         return ""
     lines = ["| condition | retrieval | less that of cosup | answers | less those of cosup |", "|---|--:|--:|--:|--:|"]
     for name in ("cosup", *swept):
         found = compared(by_name[name], by_name["cosup"])
-        parts = [f"{name}"]
+        row = [name]
         for part in PARTS[:-1]:
             mean = np.mean([cell.means()[0] for cell in found if cell.kind == part])
-            less = difference(found, part)
-            interval = f"{less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}]" if name in swept else ""
-            parts += [f"{mean:.3f}", interval]
-        lines.append(f"| {' | '.join(parts)} |")
+            row += [f"{mean:.3f}", "" if name == "cosup" else with_interval(difference(found, part))]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -377,12 +375,16 @@ def compared(first: Condition, second: Condition) -> list[Cell]:
 def difference(cells: Sequence[Cell], part: str) -> metrics.Difference:
     """The mean difference in the cells of one kind, or in both, with an interval over questions and seeds."""
     found: dict[tuple[str, str], list[Values]] = {}
-    for cell in cells:
+    for cell in (cell for cell in cells if part in (cell.kind, "both")):
         for id, difference_S in zip(cell.ids, (cell.first_SQ - cell.second_SQ).T, strict=True):
-            if part in (cell.kind, "both"):
-                found.setdefault((cell.task, id), []).append(difference_S)
+            found.setdefault((cell.task, id), []).append(difference_S)
     mean_SQ = np.stack([np.mean(of_one, axis=0) for of_one in found.values()], axis=1)
     return metrics.paired_difference(np.zeros_like(mean_SQ[:1]), mean_SQ)  # a draw of seeds takes both conditions'
+
+
+def with_interval(found: metrics.Difference) -> str:
+    """A difference in a cell of a table."""
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def told(part: str, found: metrics.Difference) -> str:

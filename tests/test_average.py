@@ -75,12 +75,17 @@ def test_what_has_no_mean_is_refused_in_a_sentence(
     some, other_rank = model(tmp_path / "some", 0), model(tmp_path / "other", 1, rank=3)
     whole, shared = model(tmp_path / "whole", 2), model(tmp_path / "shared", 3, emb_is_gen=True)
     (whole / "gen" / "adapter_model.safetensors").rename(whole / "gen" / "model.safetensors")
+    damaged = model(tmp_path / "damaged", 4)
+    (damaged / "gen" / "adapter_model.safetensors").write_bytes(b"no weights")
     for models, reason in (
         ((some, other_rank), "not of the same layers and rank"),
         ((some, whole), "whole has no adapters of Gen"),
         ((shared, shared), "Emb_seq is Gen"),
         ((some, tmp_path / "nowhere"), "nowhere"),
+        ((some, damaged), "adapter_model.safetensors is damaged"),
     ):
         with pytest.raises(UserError, match=reason):
             run(average, monkeypatch, *models, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="would be replaced"):
+        run(average, monkeypatch, some, "--out", some)

@@ -132,10 +132,12 @@ def test_cells_compare_the_same_questions_over_all_seeds(experiment: ModuleType)
 
 def test_sweeps_compare_with_the_first_seed_of_co_supervision(experiment: ModuleType) -> None:
     ours, swept = condition(experiment, "cosup", [[1, 1], [0, 0]]), condition(experiment, "lambda-5", [[0, 1]])
-    told = experiment.sweeps([ours, condition(experiment, "separate", [[1, 1]]), swept])
+    untrained, separate = (condition(experiment, name, [[1, 0], [0, 0]]) for name in ("untrained", "separate"))
+    told = experiment.sweeps([ours, untrained, separate, swept])
     assert "| cosup | 1.000 |  | 1.000 |  |" in told
     assert "| lambda-5 | 0.500 | -0.500 [-0.7" in told
-    assert "separate" not in told
+    assert "| separate | 0.500 | -0.500 [-0.7" in told
+    assert "untrained" not in told
     assert experiment.sweeps([ours]) == experiment.sweeps([swept]) == ""
 
 

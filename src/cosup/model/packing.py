@@ -212,7 +212,8 @@ def attention(
     With `seq_lens`, and `seq_bounds` [N + 1], where they begin and end, the one row holds several sequences of these
     lengths, each blind to the others, and causal unless the module says that it is not. With `attend`, the engine's
     cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is; without one, as where somebody
-    calls an LM itself, tokens see what is before them unless the module says otherwise.
+    calls an LM itself, tokens see what is before them unless the module says otherwise. A mask of padding never gets
+    here: transformers drops it for an attention that registers no mask of its own.
     """
     if attend is None and seq_lens is None:
         if attention_mask is None and getattr(module, "is_causal", True):
