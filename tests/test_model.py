@@ -53,6 +53,23 @@ def test_an_lm_that_is_called_itself_sees_nothing_that_comes_later(tiny: CoSupMo
     torch.testing.assert_close(whole[:, 3:], rest)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_lm_that_is_called_itself_does_not_see_padding(tiny: CoSupModel, side: str) -> None:
+    prompts = [tiny.template.prompt("gold " * n, task="qa") for n in (1, 9)]
+    width = max(map(len, prompts))
+    starts = [width - len(prompt) if side == "left" else 0 for prompt in prompts]
+    ids, mask = torch.full((2, width), 7), torch.zeros(2, width, dtype=torch.long)
+    for row, (start, prompt) in enumerate(zip(starts, prompts, strict=True)):
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        mask[row, start : start + len(prompt)] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        padded = tiny.gen(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        for row, start, prompt in zip(padded, starts, prompts, strict=True):
+            alone = tiny.gen(input_ids=torch.tensor([prompt])).logits[0]
+            torch.testing.assert_close(row[start : start + len(prompt)], alone)
+
+
 def test_packed_states_equal_those_of_transformers_one_by_one(tiny: CoSupModel, tiny_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 

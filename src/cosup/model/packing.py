@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from cosup.template import IGNORED
 
@@ -211,9 +212,8 @@ def attention(
 
     With `seq_lens`, and `seq_bounds` [N + 1], where they begin and end, the one row holds several sequences of these
     lengths, each blind to the others, and causal unless the module says that it is not. With `attend`, the engine's
-    cache computes it. With neither, `attention_mask` is a 4D float mask, added as it is; without one, as where somebody
-    calls an LM itself, tokens see what is before them unless the module says otherwise. A mask of padding never gets
-    here: transformers drops it for an attention that registers no mask of its own.
+    cache computes it. With neither, as where somebody calls an LM itself, `attention_mask` is a 4D mask, floats that
+    are added or what is seen; without one, tokens see what is before them unless the module says otherwise.
     """
     if attend is None and seq_lens is None:
         if attention_mask is None and getattr(module, "is_causal", True):
@@ -293,4 +293,10 @@ def _one_by_one(
     return torch.cat([out.transpose(1, 2) for out in outs], 1)
 
 
+def _mask(*, attention_mask: Tensor | None = None, **how: Any) -> Tensor | None:
+    """transformers' 4D mask where padding is to be hidden; packed sequences and the engine's rows have none."""
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **how)
+
+
 AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, _mask)
