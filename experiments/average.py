@@ -1,8 +1,9 @@
 """The mean of what several runs have taught Gen, as one model with adapters of the same rank.
 
-    python experiments/average.py RUN RUN ... --out FOLDER
+    python experiments/average.py RUN RUN ... --out FOLDER [--emb]
 
-The runs differ in their seeds alone. Emb_seq stays that of the first, and with it every index that it made.
+The runs started from the same weights. Emb_seq stays that of the first, and with it every index that it made; with
+`--emb` it becomes the mean of theirs, and indexes have to be built again.
 
 Source: Wortsman et al. 2022, Model soups (arXiv 2203.05482).
 """
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from cosup.config import UserError
 from cosup.files import atomic_folder
-from cosup.model.folders import find_model, read_settings
+from cosup.model.folders import find_model, read_settings, renew_fingerprint
 
-ADAPTERS = Path("gen") / "adapter_model.safetensors"
+ADAPTERS = "adapter_model.safetensors"
 DOWN, UP = "lora_A", "lora_B"
 
 
@@ -31,18 +32,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run or model folders with adapters")
     parser.add_argument("--out", type=Path, required=True, help="the model folder that is written")
+    parser.add_argument("--emb", action="store_true", help="takes the mean of Emb_seq too")
     arguments = parser.parse_args()
     models = [find_model(run) for run in arguments.runs]
-    if missing := next((model for model in models if not (model / ADAPTERS).is_file()), None):
-        raise UserError(f"{missing} has no adapters of Gen to take the mean of: train with model.lora")
+    parts = ("gen", "emb") if arguments.emb else ("gen",)
+    if missing := next((m / part for m in models for part in parts if not (m / part / ADAPTERS).is_file()), None):
+        raise UserError(f"{missing} holds no adapters to take the mean of: train with model.lora")
     if read_settings(models[0]).emb_is_gen:
         raise UserError(f"in {models[0]} Emb_seq is Gen, and its indexes would be lost: average runs with an Emb_seq")
     if arguments.out.resolve() in [model.resolve() for model in models]:
         raise UserError(f"{arguments.out} is read, and would be replaced; name another folder with --out")
-    averaged = mean([read(model / ADAPTERS) for model in models])
+    averaged = {part: mean([read(model / part / ADAPTERS) for model in models]) for part in parts}
     with atomic_folder(arguments.out, marker="cosup.json") as new:
         shutil.copytree(models[0], new, dirs_exist_ok=True)
-        save_file(averaged, new / ADAPTERS, metadata={"format": "pt"})
+        for part, weights in averaged.items():
+            save_file(weights, new / part / ADAPTERS, metadata={"format": "pt"})
+        renew_fingerprint(new)
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cosup.config import UserError
+from cosup.model.folders import read_settings
 
 PATH = Path(__file__).parents[1] / "experiments" / "average.py"
 DOWN, UP, ROWS = "layer.lora_A.weight", "layer.lora_B.weight", "rows"
@@ -59,6 +60,25 @@ def test_the_mean_has_the_rank_of_each_and_is_the_nearest_one_of_it(
     assert (tmp_path / "out" / "emb" / "adapter_model.safetensors").read_text() == "emb 0"
 
 
+def test_emb_becomes_the_mean_of_theirs_where_that_is_asked_and_is_known_by_another_fingerprint(
+    average: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [model(tmp_path / str(seed), seed) for seed in range(2)]
+    for seed, folder in enumerate(models):  # what Emb_seq is taught, is not what Gen is
+        (folder / "emb").rename(folder / "text")
+        (model(tmp_path / f"other {seed}", 10 + seed) / "gen").rename(folder / "emb")
+    run(average, monkeypatch, *models, "--out", tmp_path / "gen alone")
+    run(average, monkeypatch, *models, "--out", tmp_path / "both", "--emb")
+    first, mean = (load_file(tmp_path / n / "emb" / "adapter_model.safetensors") for n in ("gen alone", "both"))
+    each = [load_file(folder / "emb" / "adapter_model.safetensors") for folder in models]
+    torch.testing.assert_close(first, each[0])
+    torch.testing.assert_close(mean[ROWS], (each[0][ROWS] + each[1][ROWS]) / 2)
+    known = {read_settings(tmp_path / name).fingerprint for name in ("gen alone", "both")}
+    assert len(known) == 2
+    gens = [load_file(tmp_path / name / "gen" / "adapter_model.safetensors") for name in ("gen alone", "both")]
+    torch.testing.assert_close(*gens)
+
+
 def test_the_mean_of_one_model_is_that_model(
     average: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +99,7 @@ def test_what_has_no_mean_is_refused_in_a_sentence(
     (damaged / "gen" / "adapter_model.safetensors").write_bytes(b"no weights")
     for models, reason in (
         ((some, other_rank), "not of the same layers and rank"),
-        ((some, whole), "whole has no adapters of Gen"),
+        ((some, whole), "gen holds no adapters"),
         ((shared, shared), "Emb_seq is Gen"),
         ((some, tmp_path / "nowhere"), "nowhere"),
         ((some, damaged), "adapter_model.safetensors is damaged"),

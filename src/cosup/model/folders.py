@@ -154,6 +154,11 @@ def retype(folder: Path, dtype: torch.dtype) -> None:
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text("utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    renew_fingerprint(folder)
+
+
+def renew_fingerprint(folder: Path) -> None:
+    """Writes into a model folder what its Emb_seq is known by, after a change of its weights."""
     settings = read_settings(folder)
     settings = settings.model_copy(update={"fingerprint": _fingerprint(folder, settings)})
     (folder / "cosup.json").write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
