@@ -150,7 +150,7 @@ def page(experiments: list[Kept], losses: list[Kept]) -> str:
     released = [kept for kept in experiments if is_released(kept)]
     parts = ["# Results", "", "Written by `python experiments/results.py` from `experiments/results/`.", ""]
     for kept in experiments:
-        if kept.get("cells"):
+        if "cosup-0" in kept["runs"]:
             parts += [*compared(kept), *swept(kept), *conditions(kept), *trained(kept)]
     for kept in losses:
         parts += learnt(kept)
@@ -165,8 +165,10 @@ def page(experiments: list[Kept], losses: list[Kept]) -> str:
 
 def compared(kept: Kept) -> list[str]:
     """The 13 cells of co-supervision against separate training."""
+    if not kept["cells"]:
+        return []
     return [
-        "## Co-supervision against separate training",
+        f"## Co-supervision against separate training, {size(kept)}",
         "",
         f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. Both see the same examples in the same order; "
         "`separate` trains Gen to write, by `ntp`, and apart from it one other LM, by `nsp`, that encodes questions "
@@ -182,7 +184,7 @@ def swept(kept: Kept) -> list[str]:
     if not kept.get("sweeps"):
         return []
     return [
-        "## One setting changed",
+        f"## One setting changed, {size(kept)}",
         "",
         f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. `separate`, and co-supervision with another weight "
         "of the loss of sequences (lambda, 1 in `cosup`), another Emb_seq (in `cosup` a copy of Gen), mined negatives, "
@@ -192,6 +194,12 @@ def swept(kept: Kept) -> list[str]:
         *kept["sweeps"].splitlines(),
         "",
     ]
+
+
+def size(kept: Kept) -> str:
+    """How long each training of a comparison was."""
+    training = kept["runs"]["cosup-0"]["training"]
+    return f"{training['steps']} steps of about {training['tokens'] / training['steps']:,.0f} tokens"
 
 
 def conditions(kept: Kept) -> list[str]:

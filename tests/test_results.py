@@ -76,11 +76,15 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
     results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(experiment / "evaluations" / "released-none-0")
-    (experiment / "evaluations" / "released-0").rename(experiment / "evaluations" / "cosup-0")
-    others = {"separate-0": {"forced_success@1": 0.5}, "cosup-bm25-0": {"forced_success@1": 1, "answer_in_text": 0.125}}
+    shutil.rmtree(experiment / "evaluations" / "released-0")
+    runs = {
+        "cosup-0": {"forced_success@1": 0.625, "bm25_success@1": 0.375, "answer_in_text": 0.5},
+        "separate-0": {"forced_success@1": 0.5},
+        "cosup-bm25-0": {"forced_success@1": 1, "answer_in_text": 0.125},
+    }
     rows = [{"step": 5, "minutes": 1.0, "tokens_per_second": 100.0}]
     rows += [{"step": 8, "minutes": 1.5, "tokens_per_second": 300.0}, {"step": 8, "minutes": 1.5}]
-    for name, found in others.items():
+    for name, found in runs.items():
         training = {"name": name if name == "separate-0" else "cosup-0", "objective": "separate"}
         mode = "bm25" if "bm25" in name else "cosup"
         judged(experiment / "evaluations" / name, found, mode=mode, training=training)
@@ -90,6 +94,7 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
     (experiment / "sweeps.md").write_text("| the sweeps |\n")
     run(results, monkeypatch, "--keep", str(experiment), "--as", "main", "--hardware", "a slide rule")
     page = results.PAGE.read_text()
+    assert "## Co-supervision against separate training, 8 steps of about 1,875 tokens" in page
     assert "| the cells |" in page
     assert "|  | NQ |\n|---|--:|\n| cosup | 0.625 |\n| separate | 0.500 |\n| BM25 | 0.375 |\n| all-Mini" in page
     assert "NQ: answer presence in the whole answer:\n" in page
@@ -98,6 +103,12 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
     assert "| separate-0 | separate | 8 | 15,000 | 1.5 |" in page
     assert "| cosup-bm25-0 |" not in page
     assert "released model" not in page
+    (experiment / "cells.md").write_text("")
+    run(results, monkeypatch, "--keep", str(experiment), "--as", "main", "--hardware", "a slide rule")
+    page = results.PAGE.read_text()
+    assert "## One setting changed, 8 steps of about 1,875 tokens" in page
+    assert "against separate training" not in page
+    assert "| separate-0 | separate | 8 | 15,000 | 1.5 |" in page
 
 
 def test_losses_are_shown_as_far_as_all_runs_got(

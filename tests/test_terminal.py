@@ -1,6 +1,6 @@
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import pytest
@@ -72,12 +72,18 @@ LOGS = {
 FIGURES = "step 7  ntp 1.500  nsp 0.250  accuracy 0.50 of 16  1,234 tokens/s"
 
 
-def show_training(monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool, error: type[BaseException] | None) -> str:
+def show_training(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_terminal: bool,
+    error: type[BaseException] | None = None,
+    before: Sequence[dict[str, float]] = (),
+) -> str:
     """What is written to a standard error of 80 columns when a training logs once, and then ends or breaks off."""
     screen = io.StringIO()
     monkeypatch.setattr(terminal, "err", Console(file=screen, force_terminal=is_terminal, width=80))
     with suppress(KeyboardInterrupt), terminal.training_bar() as bar:
-        bar.on_train_begin(None, TrainerState(), None)
+        bar.on_train_begin(None, TrainerState(log_history=list(before)), None)
         bar.on_log(None, TrainerState(global_step=7), None, logs=LOGS)
         if error is not None:
             raise error
@@ -105,4 +111,9 @@ def test_counting_prints_one_line_where_there_is_no_terminal(monkeypatch: pytest
 
 
 def test_a_training_prints_a_line_a_log_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert show_training(monkeypatch, is_terminal=False, error=None) == f"training  25%  {FIGURES}  6.0 min left\n"
+    assert show_training(monkeypatch, is_terminal=False) == f"training  25%  {FIGURES}  6.0 min left\n"
+
+
+def test_a_training_that_goes_on_tells_the_time_left_at_the_pace_it_has_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [{"minutes": 1.5, "progress": 0.05}, {"minutes": 1.5, "eval_loss": 1.0}]
+    assert show_training(monkeypatch, is_terminal=False, before=before).endswith("  1.9 min left\n")

@@ -83,13 +83,15 @@ def training_bar() -> Iterator[Any]:
         """Begins, moves and ends the bar."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            logged = [row for row in state.log_history if "progress" in row]
+            self.begun = logged[-1] if logged else {"minutes": 0.0, "progress": 0.0}
             if err.is_terminal:
                 progress.start()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not logs or "progress" not in logs:
                 return
-            figures, left = training_figures(state.global_step, logs), time_left(logs)
+            figures, left = training_figures(state.global_step, logs), time_left(logs, self.begun)
             progress.update(task, completed=logs["progress"], left=left, figures=figures)
             if not err.is_terminal:
                 err.print(f"training {logs['progress']:4.0%}  {figures}  {left}", soft_wrap=True)
@@ -122,10 +124,10 @@ def training_figures(step: int, logs: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def time_left(logs: Mapping[str, float]) -> str:
-    """Minutes that a training goes on at the pace it had."""
-    left = logs["minutes"] * (1 / logs["progress"] - 1) if logs["progress"] else 0.0
-    return f"{left:.1f} min left"
+def time_left(logs: Mapping[str, float], begun: Mapping[str, float]) -> str:
+    """Minutes that a training goes on at the pace it had since it began, or went on."""
+    minutes, progress = (logs[name] - begun[name] for name in ("minutes", "progress"))
+    return f"{minutes / progress * (1 - logs['progress']):.1f} min left" if progress > 0 else ""
 
 
 def show_settings(table: Mapping[str, str]) -> None:
