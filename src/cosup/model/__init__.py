@@ -1,6 +1,6 @@
 """Gen and Emb_seq as one model: packed training passes, embedding, folders on disk."""
 
-from cosup.model.core import CoSupModel, Output
+from cosup.model.core import CoSupModel, Output, goes_on
 from cosup.model.folders import ModelSettings
 from cosup.model.lms import Dtype, body_of, compute_dtype, find_model, keep_freed_memory
 from cosup.model.packing import Batch, batches_by_tokens, chunk_count, chunks, pack, tokens_of
@@ -19,6 +19,7 @@ __all__ = [
     "chunks",
     "compute_dtype",
     "find_model",
+    "goes_on",
     "import_published",
     "keep_freed_memory",
     "pack",

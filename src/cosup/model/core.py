@@ -5,6 +5,7 @@ N candidates, P passages, Q queries, T tokens.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -39,6 +40,7 @@ from cosup.model.packing import ATTENTION, Batch, batches_by_tokens, last_states
 from cosup.template import Template, TemplateSettings, Tokenizer
 
 _TOKENS_PER_BATCH = 4096  # of packed inference
+_RIDGES = tuple(10.0**-n for n in range(2, 10))  # that are tried for a fitted projection
 
 
 class Output(NamedTuple):
@@ -176,6 +178,22 @@ class CoSupModel(nn.Module):
         """
         return self._in_batches([[*prompt, self.template.ret] for prompt in prompts], self._query_packed)
 
+    @torch.no_grad()
+    def fit_projection(self, contexts: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]) -> None:
+        """Makes the projection the map under which passages are most like the queries that ask for them.
+
+        An Emb_seq of another kind than Gen has its own space, which training alone finds only after long.
+
+        Args:
+            contexts: ids up to and with a `[Ret]`, one for each retrieval.
+            sequences: ids of the passage that answers it, as Emb_seq reads it.
+        """
+        assert self.projection is not None
+        queries_QD = self._in_batches(contexts, self._query_packed)
+        vectors_QE = self._in_batches(sequences, self._pool_packed, dim=self.projection.in_features)
+        fitted_DE = least_squares(torch.from_numpy(queries_QD), torch.from_numpy(vectors_QE))
+        self.projection.weight.copy_(fitted_DE)
+
     @torch.inference_mode()
     def queries(self, states_QD: Tensor, contexts: Sequence[list[int]]) -> Tensor:
         """Queries of an engine that has read up to `[Ret]`.
@@ -242,7 +260,7 @@ class CoSupModel(nn.Module):
             retriever: whether Emb_seq encodes both sides, as `separate` training asks.
         """
         keep_freed_memory()
-        if section.lora is not None and is_adapter_folder(place_of(section.gen, "gen")):
+        if goes_on(section):
             return cls._going_on(section, retriever=retriever)
         template = template or TemplateSettings()
         gen, tokenizer = load_lm(section.gen)
@@ -298,19 +316,26 @@ class CoSupModel(nn.Module):
         return F.linear(states_LD, head.weight.detach(), bias)
 
     def _embed_packed(self, ids_S: Tensor, lengths: list[int]) -> Tensor:
-        states_SE = packed(body_of(self.emb), ids_S, lengths)
-        vectors_NE = (mean_states if self.settings.pooling == "mean" else last_states)(states_SE, lengths)
+        vectors_NE = self._pool_packed(ids_S, lengths)
         return self.comparable(vectors_NE if self.projection is None else self.projection(vectors_NE))
+
+    def _pool_packed(self, ids_S: Tensor, lengths: list[int]) -> Tensor:
+        states_SE = packed(body_of(self.emb), ids_S, lengths)
+        return (mean_states if self.settings.pooling == "mean" else last_states)(states_SE, lengths)
 
     def _query_packed(self, ids_S: Tensor, lengths: list[int]) -> Tensor:
         body = body_of(self.emb if self.settings.retriever else self.gen)
         return self.comparable(last_states(packed(body, ids_S, lengths), lengths))
 
     def _in_batches(
-        self, sequences: Sequence[list[int]], run: Callable[[Tensor, list[int]], Tensor]
+        self,
+        sequences: Sequence[Sequence[int]],
+        run: Callable[[Tensor, list[int]], Tensor],
+        *,
+        dim: int | None = None,
     ) -> npt.NDArray[np.float32]:
         """Runs packed batches of about equal cost; the longest sequences come first, so that memory fails at once."""
-        out_PD = np.empty((len(sequences), self.dim), np.float32)
+        out_PD = np.empty((len(sequences), dim or self.dim), np.float32)
         for rows in batches_by_tokens([len(s) for s in sequences], _TOKENS_PER_BATCH):
             ids_S = torch.tensor([i for row in rows for i in sequences[row]], device=self.device)
             out_PD[rows] = run(ids_S, [len(sequences[row]) for row in rows]).float().cpu().numpy()
@@ -328,6 +353,35 @@ class CoSupModel(nn.Module):
     def comparable(self, x: Tensor) -> Tensor:
         """States or vectors [.., D] as they are scored by inner product: normalised for cosine."""
         return F.normalize(losses.accurate(x), dim=-1) if self.settings.similarity == "cosine" else x
+
+
+def goes_on(section: ModelSection) -> bool:
+    """Whether a recipe's `model` names adapters that go on being trained, with the Emb_seq that they know."""
+    return section.lora is not None and is_adapter_folder(place_of(section.gen, "gen"))
+
+
+def least_squares(queries_QD: Tensor, vectors_QE: Tensor) -> Tensor:
+    """The projection [D, E] under which vectors are most like the queries they belong to.
+
+    It is the linear map that tells vectors of one length from queries, turned round, and given the size of an
+    orthogonal one. A ridge keeps it from noise: the one that tells best the tenth of them that is held out.
+    """
+    queries_QD, vectors_QE = queries_QD.double(), F.normalize(vectors_QE.double(), dim=-1)
+    held_out = len(queries_QD) // 10
+
+    def missed(ridge: float) -> float:
+        told_DE = _ridge(queries_QD[held_out:], vectors_QE[held_out:], ridge)
+        return float((queries_QD[:held_out] @ told_DE - vectors_QE[:held_out]).square().sum())
+
+    fitted_DE = _ridge(queries_QD, vectors_QE, min(_RIDGES, key=missed))
+    return F.normalize(fitted_DE.flatten(), dim=0).view_as(fitted_DE) * math.sqrt(min(fitted_DE.shape))
+
+
+def _ridge(x_QD: Tensor, y_QE: Tensor, ridge: float) -> Tensor:
+    """The map [D, E] from x to y of ridge regression; the ridge is a share of all variance."""
+    gram_DD = x_QD.T @ x_QD
+    told_DE: Tensor = torch.linalg.solve(gram_DD + ridge * gram_DD.trace() * torch.eye(len(gram_DD)), x_QD.T @ y_QE)
+    return told_DE
 
 
 def _start_emb(section: ModelSection, gen: Any, tokenizer: Tokenizer) -> tuple[Any, Tokenizer]:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import random
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 
 from cosup.config import Recipe, UserError, dump_recipe, load_recipe
 from cosup.files import atomic_file, explained
-from cosup.model import CoSupModel, compute_dtype
+from cosup.model import CoSupModel, compute_dtype, goes_on
 from cosup.template import TemplateSettings
 from cosup.train.checkpoints import is_sharded, newest_checkpoint, whole_weights
 from cosup.train.collate import Collator, NeighbourSampler
@@ -29,6 +30,8 @@ from cosup.train.tokenized import TrainingData, load_data
 from cosup.train.trainer import CoSupTrainer, MetricsFile
 
 logger = logging.getLogger(__name__)
+
+_FITTED = 4096  # examples by which a projection is fitted before the first step
 
 
 def train_recipe(
@@ -69,7 +72,9 @@ def train_recipe(
         on_start(_summary(recipe, model, data, compiled=compiled) | expectations(recipe, model, data))
     processes.wait_for_everyone()
     with explained(run):
-        trainer.train(resume_from_checkpoint=_resumed(run))
+        checkpoint = _resumed(run)
+        _meet(recipe, model, data, trainer.args.device, resumed=checkpoint is not None)
+        trainer.train(resume_from_checkpoint=checkpoint)
     if data.shortened:
         logger.warning(
             "%d passages were shortened to data.max_passage_tokens = %d",
@@ -122,6 +127,23 @@ def _trainer(
         seed=recipe.seed,
         callbacks=[*callbacks, MetricsFile(run / "metrics.jsonl")],
     )
+
+
+def _meet(recipe: Recipe, model: CoSupModel, data: TrainingData, device: torch.device, *, resumed: bool) -> None:
+    """Fits a projection that has learnt nothing yet to retrievals of the training data."""
+    if model.projection is None or recipe.train.objective == "ntp" or goes_on(recipe.model):
+        return
+    if resumed and model.projection.weight.requires_grad:  # it is in the checkpoint, which holds what is trained
+        return
+    drawn = random.Random(recipe.seed).sample(range(len(data.examples)), min(_FITTED, len(data.examples)))
+    rows = [row for row in map(data.examples.__getitem__, drawn) if row.ret]
+    if not rows:
+        return
+    before, training = model.device, model.training
+    with torch.compiler.set_stance("force_eager"):  # what is compiled is compiled for training
+        model.to(device).eval()
+        model.fit_projection([row.ids[: row.ret[0] + 1] for row in rows], [data.sequences[row.gold[0]] for row in rows])
+    model.to(before).train(training)
 
 
 def _resumed(run: Path) -> str | None:
