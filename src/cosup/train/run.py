@@ -129,10 +129,15 @@ def _trainer(
     )
 
 
+def _are_strangers(recipe: Recipe, model: CoSupModel) -> bool:
+    return model.projection is not None and recipe.train.objective != "ntp" and not goes_on(recipe.model)
+
+
 def _meet(recipe: Recipe, model: CoSupModel, data: TrainingData, device: torch.device, *, resumed: bool) -> None:
     """Fits a projection that has learnt nothing yet to retrievals of the training data."""
-    if model.projection is None or recipe.train.objective == "ntp" or goes_on(recipe.model):
+    if not _are_strangers(recipe, model):
         return
+    assert model.projection is not None
     if resumed and model.projection.weight.requires_grad:  # it is in the checkpoint, which holds what is trained
         return
     drawn = random.Random(recipe.seed).sample(range(len(data.examples)), min(_FITTED, len(data.examples)))
@@ -217,6 +222,8 @@ def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData, *, compiled:
         "until": " or ".join(f"{limit} {unit}" for limit, unit in limits if limit),
         "computes in": str(next(model.parameters()).dtype).removeprefix("torch.") + (", compiled" if compiled else ""),
     }
+    if _are_strangers(recipe, model):
+        table["begins with"] = f"fitting the projection to {min(_FITTED, len(data.examples)):,} examples"
     if data.left_out:
         table["left out"] = ", ".join(f"{count:,} ({reason})" for reason, count in data.left_out.items())
     return table

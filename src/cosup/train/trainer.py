@@ -67,7 +67,7 @@ class CoSupTrainer(Trainer):
         self.section, self._sampler = section, sampler
         self.clock = Clock(section)
         self._sums: Counter[str] = Counter()
-        self._since = time.perf_counter()
+        self._since = 0.0
         self._ids: list[str] = []
         self._norms: Metrics = {}
         super().__init__(
@@ -83,6 +83,7 @@ class CoSupTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers, and takes back the weights that did best on the dev set; theirs forgets them on resuming."""
+        self._since = time.perf_counter()
         output = super().train(*args, **kwargs)
         best = self._best_checkpoint()
         if best is not None and not best.is_dir():
