@@ -3,7 +3,7 @@
     python experiments/average.py RUN RUN ... --out FOLDER [--emb]
 
 The runs started from the same weights. Emb_seq stays that of the first, and with it every index that it made; with
-`--emb` it becomes the mean of theirs, and indexes have to be built again.
+`--emb` it becomes the mean of theirs, with the projection where there is one, and indexes have to be built again.
 
 Source: Wortsman et al. 2022, Model soups (arXiv 2203.05482).
 """
@@ -23,7 +23,7 @@ from cosup.config import UserError
 from cosup.files import atomic_folder
 from cosup.model.folders import find_model, read_settings, renew_fingerprint
 
-ADAPTERS = "adapter_model.safetensors"
+GEN, EMB, PROJECTION = "gen/adapter_model.safetensors", "emb/adapter_model.safetensors", "projection.safetensors"
 DOWN, UP = "lora_A", "lora_B"
 
 
@@ -35,18 +35,19 @@ def main() -> None:
     parser.add_argument("--emb", action="store_true", help="takes the mean of Emb_seq too")
     arguments = parser.parse_args()
     models = [find_model(run) for run in arguments.runs]
-    parts = ("gen", "emb") if arguments.emb else ("gen",)
-    if missing := next((m / part for m in models for part in parts if not (m / part / ADAPTERS).is_file()), None):
-        raise UserError(f"{missing} holds no adapters to take the mean of: train with model.lora")
+    projected = (models[0] / PROJECTION).is_file()
+    files = [GEN, *([EMB] if arguments.emb else []), *([PROJECTION] if arguments.emb and projected else [])]
+    if missing := next((model / file for model in models for file in files if not (model / file).is_file()), None):
+        raise UserError(f"there is no {missing} to take the mean of: train with model.lora, all runs by one recipe")
     if read_settings(models[0]).emb_is_gen:
         raise UserError(f"in {models[0]} Emb_seq is Gen, and its indexes would be lost: average runs with an Emb_seq")
     if arguments.out.resolve() in [model.resolve() for model in models]:
         raise UserError(f"{arguments.out} is read, and would be replaced; name another folder with --out")
-    averaged = {part: mean([read(model / part / ADAPTERS) for model in models]) for part in parts}
+    averaged = {file: mean([read(model / file) for model in models]) for file in files}
     with atomic_folder(arguments.out, marker="cosup.json") as new:
         shutil.copytree(models[0], new, dirs_exist_ok=True)
-        for part, weights in averaged.items():
-            save_file(weights, new / part / ADAPTERS, metadata={"format": "pt"})
+        for file, weights in averaged.items():
+            save_file(weights, new / file, metadata={"format": "pt"})
         renew_fingerprint(new)
 
 

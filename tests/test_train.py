@@ -199,7 +199,9 @@ def test_a_run_fits_the_projection_of_a_stranger_before_its_first_step(
     recipe["train"] |= {"freeze": freeze, "save_steps": 2}
     fits, fit = [], CoSupModel.fit_projection
     monkeypatch.setattr(CoSupModel, "fit_projection", lambda *it: fits.append(fit(*it)))
-    whole = train_recipe(parse_recipe(recipe), tmp_path / "whole")
+    told: dict[str, str] = {}
+    whole = train_recipe(parse_recipe(recipe), tmp_path / "whole", on_start=told.update)
+    assert "fitting the projection" in told["begins with"]
     with pytest.raises(StoppedError):
         train_recipe(parse_recipe(recipe), tmp_path / "run", callbacks=[Interrupt(3)])
     assert len(fits) == 2
