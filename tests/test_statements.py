@@ -52,6 +52,10 @@ def test_letter_case_does_not_matter_and_special_characters_mean_themselves():
     assert _of("What?", "a+b (c)", "They write a+b (c) here.") == "They write a+b (c) here."
 
 
+def test_blanks_around_an_answer_do_not_matter():
+    assert _of("What?", " Oslo ", "This is Oslo \n") == "This is Oslo"
+
+
 def test_an_answer_longer_than_a_statement_stays_as_it_is():
     answer = "Founded in 1040, it has been the capital"
     assert _of("What?", answer, most=7) == answer

@@ -29,11 +29,11 @@ def statement(question: str, answer: str, text: str, *, most: int = MOST_WORDS) 
         Words of the text as they stand there; the answer itself where the text does not hold it, letter case aside, or
         where it has more than `most` words.
     """
-    asked = _content(question)
-    holding = [sentence.strip() for sentence in sentences(text) if _place(answer, sentence)]
-    if not holding or len(answer.split()) > most:
+    asked, wanted = _content(question), answer.strip()
+    holding = [sentence for sentence in map(str.strip, sentences(text)) if _place(wanted, sentence)]
+    if not holding or len(wanted.split()) > most:
         return answer
-    return _around(answer, max(holding, key=lambda sentence: len(asked & _content(sentence))), most)
+    return _around(wanted, max(holding, key=lambda sentence: len(asked & _content(sentence))), most)
 
 
 def _content(text: str) -> set[str]:
