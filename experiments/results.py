@@ -1,12 +1,14 @@
 """Keeps the figures of evaluation runs, without a word of the data, and writes docs/results.md from what is kept.
 
     python experiments/results.py --keep runs/experiment --as released-10k --hardware "2 cores of ..." --command "..."
+    python experiments/results.py --keep runs/more --as released-10k --add --hardware "..." --command "..."
     python experiments/results.py --keep runs/experiment --losses --as main-h200 --hardware "..." --command "..."
     python experiments/results.py [--check]
 
 What is kept lies in `experiments/results/`, a JSON file for each experiment folder: of every run its settings, and of
 every data set its figures with their counts and 95 % intervals. With `--losses`, in `losses/` there, it is what the
-trainings of the main comparison logged.
+trainings of the main comparison logged. With `--add`, the runs of another folder, judged on the same questions and
+passages, stand beside those that are kept under that name; tables of differences stay as they are.
 """
 
 import argparse
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--hardware", default="", help="what it ran on")
     parser.add_argument("--command", default="", help="what printed it")
     parser.add_argument("--losses", action="store_true", help="keep what its trainings logged, not its evaluations")
+    parser.add_argument("--add", action="store_true", help="keep its runs beside those that are kept")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is stale")
     arguments = parser.parse_args()
     if arguments.keep:
@@ -58,7 +61,8 @@ def main() -> None:
             "command": arguments.command,
         }
         found = losses_of(arguments.keep) if arguments.losses else evaluations_of(arguments.keep)
-        keep(told | found, HERE / ("losses" if arguments.losses else "") / f"{arguments.name}.json")
+        path = HERE / ("losses" if arguments.losses else "") / f"{arguments.name}.json"
+        keep(added(told, found, path) if arguments.add else told | found, path)
     experiments, losses = ([json.loads(path.read_text("utf-8")) for path in sorted(HERE.glob(names))] for names in KEPT)
     text = page(experiments, losses)
     if not arguments.check:
@@ -87,6 +91,12 @@ def keep(kept: Kept, path: Path) -> None:
     """Writes what is kept of an experiment as one file."""
     with atomic_file(path) as file:
         file.write((json.dumps(kept, indent=1, sort_keys=True) + "\n").encode())
+
+
+def added(told: Kept, found: Kept, path: Path) -> Kept:
+    """What is kept in a file, with more runs, and what is told of all of them."""
+    kept: Kept = json.loads(path.read_text("utf-8"))
+    return kept | told | {"runs": kept["runs"] | found["runs"]}
 
 
 def evaluations_of(folder: Path) -> Kept:
