@@ -139,31 +139,3 @@ def test_a_citation_of_an_unknown_passage_is_refused_with_both_ids(fields):
 def test_an_unknown_task_is_plain_question_answering():
     assert rule_of("never heard of") is DEFAULT_RULE
     assert _response(_question("never heard of", gold=["p1", "p2"])) == (Evidence("p1", "first", also=("p2",)),)
-
-
-# Statements
-
-
-def test_a_short_answer_is_claimed_as_its_passage_states_it_where_that_is_asked_for():
-    passages = {"p1": Passage("p1", "It lies far off. Oslo is the capital of Norway.")}
-    [example] = convert([_question(answers=["Oslo"])], passages=passages, claims="statements")
-    assert example.response == (Evidence("p1", "Oslo is the capital of Norway."),)
-
-
-def test_each_hop_is_claimed_as_its_own_passage_states_it():
-    passages = {"p1": Passage("p1", "It leads to Two. Or not."), "p2": Passage("p2", "Here is the first.", "Two")}
-    question = _question("hotpotqa", gold=["p1", "p2"])
-    [example] = convert([question], passages=passages, claims="statements")
-    assert example.response == (Evidence("p1", "It leads to Two."), Evidence("p2", "Here is the first."))
-
-
-@pytest.mark.parametrize("task", LONG)
-def test_long_answers_are_claimed_as_they_are_either_way(task):
-    passages = {"p1": Passage("p1", "Before a long one, and after it.")}
-    [example] = convert([_question(task, long_answers=["a long one"])], passages=passages, claims="statements")
-    assert example.response == (Evidence("p1", "a long one"),)
-
-
-def test_a_verdict_is_claimed_as_it_is_either_way():
-    [example] = convert([_question("fever", answers=["REFUTES"])], passages=PASSAGES, claims="statements")
-    assert example.response == (Evidence("p1", "REFUTES"),)

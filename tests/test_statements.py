@@ -1,6 +1,20 @@
-import pytest
+"""A claim becomes what its passage states, in the text and in what Gen reads."""
 
-from cosup.data.statements import MOST_WORDS, statement
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import make_talkative, random_prompts
+
+from cosup.data import Passage
+from cosup.embedder import ModelEmbedder
+from cosup.engine import ClaimClosed, Engine, Finished, Options, Token
+from cosup.engine.row import Row
+from cosup.engine.statements import MOST_WORDS, statement
+from cosup.index import Hit, build_index
+from cosup.model import CoSupModel
+from cosup.template import Template
 
 TEXT = (
     "Oslo lies at the head of a fjord. Founded in 1040, it has been the capital of Norway since 1814! "
@@ -42,7 +56,12 @@ def test_a_clause_too_long_by_itself_is_cut_between_words_and_keeps_the_answer()
     assert _of("?", "w39", text, most=5) == "w35 w36 w37 w38 w39"
 
 
-@pytest.mark.parametrize("answer", ["SUPPORTS", "Nor", "", "1040 it"])
+@pytest.mark.parametrize("answer", ["no", "False", "SUPPORTS"])
+def test_a_verdict_stays_as_it_is(answer):
+    assert _of("Is it?", answer, f"It has {answer} harbour.") == answer
+
+
+@pytest.mark.parametrize("answer", ["Bergen", "Nor", "", "1040 it"])
 def test_an_answer_that_the_text_does_not_hold_as_whole_words_stays_as_it_is(answer):
     assert _of("Which?", answer) == answer
 
@@ -69,3 +88,134 @@ def test_a_statement_stands_in_the_text_holds_the_answer_and_has_no_more_words_t
     assert told in TEXT
     assert answer in told
     assert len(told.split()) <= most
+
+
+# In a response
+
+NORWAY = Passage("p", "It lies far north. Oslo is the capital of Norway. It is old.", "Norway")
+
+
+@pytest.fixture
+def t(tiny: CoSupModel) -> Template:
+    return tiny.template
+
+
+def _cited(t: Template, **options) -> Row:
+    """A row that may write a claim of `NORWAY`."""
+    limit = options.pop("limit", 400)
+    row = Row(0, t.prompt("Which city?", task=""), Options(retrieve_first=True, **options), template=t, limit=limit)
+    row.read(len(row.unread))
+    hit = row.choose([Hit("p", 1.0)])
+    assert hit is not None
+    row.insert(hit, NORWAY)
+    row.read(len(row.unread))
+    row.events.clear()
+    return row
+
+
+def _write(row: Row, *tokens: int) -> None:
+    for token in tokens:
+        row.write(token)
+        row.read(len(row.unread))
+
+
+def test_a_claim_is_reported_as_its_passage_states_it_when_it_is_closed(t: Template) -> None:
+    row = _cited(t, statements=True)
+    _write(row, *t.encode("Oslo"))
+    assert row.events == []
+    before = len(row.context) - len(t.encode("Oslo"))
+    row.write(t.ce)
+    assert row.context[before:] == [*t.encode("Oslo is the capital of Norway."), t.ce]
+    assert row.unread == row.context[before:]  # what stood there is forgotten
+    written = [event for event in row.events if isinstance(event, Token)]
+    assert "".join(event.text for event in written) == "Oslo is the capital of Norway."
+    assert [event.id for event in written] == row.context[before:]
+    assert row.events[-1] == ClaimClosed(0, len("Oslo is the capital of Norway."))
+    row.read(len(row.unread))
+    row.write(t.eos)
+    (finished,) = [event for event in row.events if isinstance(event, Finished)]
+    assert (finished.response.text, finished.response.well_formed) == ("Oslo is the capital of Norway.", True)
+    assert finished.response.tokens_sampled == len(t.encode("Oslo")) + 2
+
+
+@pytest.mark.parametrize("claim", ["Bergen", "no", "Norway it"])
+def test_a_claim_that_is_not_in_its_passage_is_reported_as_it_is_and_not_read_again(claim: str, t: Template) -> None:
+    row = _cited(t, statements=True)
+    _write(row, *t.encode(claim))
+    row.write(t.ce)
+    assert row.unread == [t.ce]
+    assert "".join(event.text for event in row.events if isinstance(event, Token)) == claim
+
+
+def test_a_claim_cut_off_by_the_limit_of_tokens_is_stated_too(t: Template) -> None:
+    ids = t.encode("Oslo")
+    row = _cited(t, statements=True, max_new_tokens=len(ids))
+    _write(row, *ids)
+    assert isinstance(row.events[-1], Finished)
+    assert row.events[-1].response.claims[0].text == "Oslo is the capital of Norway."
+    assert (row.events[-1].reason, row.events[-1].response.well_formed) == ("length", False)
+
+
+def test_a_response_that_ends_inside_a_claim_states_it_first(t: Template) -> None:
+    row = _cited(t, statements=True)
+    _write(row, *t.encode("Oslo"), t.eos)
+    assert isinstance(row.events[-1], Finished)
+    assert row.events[-1].response.text == "Oslo is the capital of Norway."
+
+
+def test_a_statement_that_does_not_fit_the_context_stays_a_claim(t: Template) -> None:
+    row = _cited(t, statements=True)
+    used = len(row.context) + len(t.encode("Oslo"))
+    row = _cited(t, statements=True, limit=used + 5)
+    _write(row, *t.encode("Oslo"))
+    row.write(t.ce)
+    assert "".join(event.text for event in row.events if isinstance(event, Token)) == "Oslo"
+
+
+def test_a_stop_string_in_a_statement_ends_the_response(t: Template) -> None:
+    row = _cited(t, statements=True, stop=(" capital",))
+    _write(row, *t.encode("Oslo"), t.ce)
+    assert isinstance(row.events[-1], Finished)
+    assert (row.events[-1].reason, row.events[-1].response.text) == ("stop", "Oslo is the")
+
+
+@pytest.fixture
+def talkative(tiny: CoSupModel, passages: list[Passage], tmp_path: Path) -> Engine:
+    index = build_index(passages, ModelEmbedder(tiny), tmp_path / "index")
+    make_talkative(tiny)
+    options = Options(quote=True, statements=True, retrieve_first=True, max_new_tokens=24, rows=5)
+    return Engine(tiny, index, options)
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_an_engine_states_all_claims_alike_alone_and_beside_others(forget: bool, talkative: Engine) -> None:
+    prompts = random_prompts(talkative.model, 30, seed=1)
+    options = replace(talkative.options, forget_passages=forget)
+    responses = talkative.generate(prompts, options=options)
+    for response in responses:
+        for claim in response.claims:
+            (passage,) = talkative.index.get([claim.passage])
+            assert claim.text in passage.text or claim.text in passage.title
+            assert claim.text == response.text[claim.start : claim.end]
+    bare = talkative.generate(prompts, options=replace(options, statements=False))
+    longer = [len(a.text) > len(b.text) for a, b in zip(responses, bare, strict=True)]
+    assert sum(longer) > 10
+    alone = Engine(talkative.model, talkative.index, replace(options, rows=1, guesses=0)).generate(prompts)
+    assert [response.text for response in alone] == [response.text for response in responses]
+
+
+def test_what_gen_writes_behind_a_statement_follows_from_the_statement(talkative: Engine) -> None:
+    t, checked = talkative.model.template, 0
+    for prompt in random_prompts(talkative.model, 20, seed=2):
+        ids = [*prompt]
+        stream = talkative.stream(prompt)
+        for event in stream:
+            if isinstance(event, Token) and ids[-1] == t.ce and event.id != t.eos:
+                with torch.no_grad():
+                    logits_V = talkative.model.gen(torch.tensor([ids])).logits[0, -1]
+                logits_V[[t.cs, t.ce]] = -torch.inf
+                assert event.id == int(logits_V.argmax())
+                checked += 1
+            if isinstance(event, Token):
+                ids.append(event.id)
+    assert checked > 5

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Objective = Literal["ntp", "nsp", "ntp+nsp", "separate"]
 Part = Literal["gen", "emb", "projection", "lm_head", "embeddings"]
-Claims = Literal["answers", "statements"]
 Similarity = Literal["cosine", "dot"]
 RELEASED = "cosup-smollm2-135m"
 """The model that comes with cosup, and is taken where none is named."""
@@ -73,8 +72,6 @@ class DataSection(Section):
     """JSONL files of examples, or of questions, which become examples by their task's rule."""
     passages: Annotated[tuple[Path, ...], Field(min_length=1)]
     """JSONL files of the passages that they cite."""
-    claims: Claims = "answers"
-    """What Gen learns to write of a short answer: that, or what its passage states of it, in at most 20 words."""
     max_tokens: Annotated[int, Field(ge=16)] = 1024
     """Longest training sequence in tokens; a longer example is left out, and counted."""
     max_passage_tokens: Annotated[int, Field(ge=8)] = 256

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cosup.config import Claims, UserError
+from cosup.config import UserError
 
 app = typer.Typer(help="Check, convert and build data.", no_args_is_help=True)
 
@@ -39,10 +39,6 @@ def convert(
     ],
     out: Annotated[Path, typer.Option(help="JSONL to write.")],
     to: Annotated[str, typer.Option("--to", help="What to make: examples or questions.")] = "examples",
-    claims: Annotated[
-        Claims,
-        typer.Option(help="Of short answers: answers, or statements: what the passage says, in 20 words at most."),
-    ] = "answers",
     texts: Annotated[Path | None, typer.Option(help="The JSON of passages that the paper's pickle refers to.")] = None,
 ) -> None:
     """Make training examples of questions by each task's rule, or questions of another format."""
@@ -71,7 +67,7 @@ def convert(
     corpus = read.passages or list(read_passages(passages))
     known = {passage.id: passage for passage in corpus}
     left_out: Counter[str] = Counter()
-    count = write_records(out, convert(read.questions, passages=known, claims=claims, left_out=left_out))
+    count = write_records(out, convert(read.questions, passages=known, left_out=left_out))
     reasons = "".join(f"; {n:,} left out: {reason}" for reason, n in left_out.items())
     print(f"{count:,} examples in {out}{reasons}")
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cosup.cli.options import DEFAULT_MODEL, IndexOption, ModelOption, NewTokensOption, QuoteOption
+from cosup.cli.options import DEFAULT_MODEL, IndexOption, ModelOption, NewTokensOption, QuoteOption, StatementsOption
 
 
 def evaluate(
@@ -26,6 +26,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions of each.")] = None,
     max_new_tokens: NewTokensOption = 64,
     quote: QuoteOption = False,
+    statements: StatementsOption = False,
     nli: Annotated[str, typer.Option(help="An NLI model, for citation recall and precision; not run without.")] = "",
     mauve: Annotated[str, typer.Option(help="A causal LM, for MAUVE; not run without.")] = "",
     name: Annotated[
@@ -40,7 +41,7 @@ def evaluate(
     from cosup.index import open_index
     from cosup.model import CoSupModel
 
-    options = Options(max_new_tokens=max_new_tokens, quote=quote)
+    options = Options(max_new_tokens=max_new_tokens, quote=quote, statements=statements)
     settings = RunSettings(mode, not whole_corpus, options, name=name, mauve_model=mauve)  # type: ignore[arg-type]
     asked = read_tasks(tasks or [], data=data, limit=limit)
     place = out or (Path("runs") / model if model == DEFAULT_MODEL else model) / "evaluations"

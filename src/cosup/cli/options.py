@@ -24,6 +24,10 @@ IndexOption = Annotated[
 TaskOption = Annotated[str, typer.Option("--task", help="Which task's instruction the question is given.")]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens that the model may choose.")]
 QuoteOption = Annotated[bool, typer.Option("--quote", help="Let each claim be a piece of its passage, word for word.")]
+StatementsOption = Annotated[
+    bool,
+    typer.Option("--statements", help="Show a claim as its passage states it: the sentence, or 20 words around it."),
+]
 PassagesOption = Annotated[
     list[str],
     typer.Option("--passages", help="JSONL, Parquet, a folder of Parquet, or hf:NAME[:SPLIT]; may be repeated."),
@@ -47,6 +51,7 @@ def _writing(
         bool, typer.Option("--forget-passages", help="Take each passage out of the context when its claim is closed.")
     ] = False,
     quote: QuoteOption = False,
+    statements: StatementsOption = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")] = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", help="Sample from the likeliest tokens up to this probability.")
@@ -67,6 +72,7 @@ def _writing(
         min_score=min_score,
         forget_passages=forget_passages,
         quote=quote,
+        statements=statements,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,

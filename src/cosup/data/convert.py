@@ -5,9 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cosup.config import Claims, UserError
+from cosup.config import UserError
 from cosup.data.records import Evidence, Example, Passage, Question
-from cosup.data.statements import statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,6 @@ def convert(
     questions: Iterable[Question],
     *,
     passages: Mapping[str, Passage],
-    claims: Claims = "answers",
     left_out: Counter[str] | None = None,
 ) -> Iterator[Example]:
     """Makes an example of each question that has a gold passage and an answer.
@@ -71,8 +69,6 @@ def convert(
         questions: in our own format.
         passages: those that may be cited, by id; the title of the next one is the claim of a hop whose own answer is
             not given.
-        claims: what is claimed where the rule says an answer: that, or what the gold passage states of it, in at most
-            20 words; see `statement`.
         left_out: receives, by reason, how many questions gave no example.
 
     Raises:
@@ -80,11 +76,9 @@ def convert(
     """
     for question in questions:
         _check_citations(question, passages)
-        found = _claims(question, passages)
-        if claims == "statements" and rule_of(question.task).claim == "answer":
-            found = _stated(question, found, passages)
-        if question.gold and found:
-            yield Example(question.id, question.task, question.question, _response(question, found))
+        claims = _claims(question, passages)
+        if question.gold and claims:
+            yield Example(question.id, question.task, question.question, _response(question, claims))
         elif left_out is not None:
             left_out["no answer" if question.gold else "no gold passage"] += 1
 
@@ -104,12 +98,6 @@ def _claims(question: Question, passages: Mapping[str, Passage]) -> list[str]:
         return []
     hops = question.gold if rule.golds == "hops" else question.gold[:1]
     return [*_bridges(question, passages), final[0]] if len(hops) > 1 else [final[0]]
-
-
-def _stated(question: Question, claims: list[str], passages: Mapping[str, Passage]) -> list[str]:
-    """Each claim as the passage states it that is cited for it."""
-    cited = [passages[id].text for id in question.gold]
-    return [statement(question.question, claim, text) for claim, text in zip(claims, cited, strict=False)]
 
 
 def _bridges(question: Question, passages: Mapping[str, Passage]) -> list[str]:

@@ -23,6 +23,8 @@ class Options:
         forget_passages: whether a passage leaves Gen's context when its claim is closed, so that only
             `[Cs] claim [Ce]` stays: the paper's truncation of the context.
         quote: whether a claim is a piece of its passage, word for word. Not for answers that judge, as true or false.
+        statements: whether a claim that stands in its passage becomes what the passage states: the sentence around it,
+            or whole clauses of it up to 20 words. Claims are then reported when they are closed.
         mode: `cosup` retrieves where Gen asks; `static` once, with the prompt, before it writes; `none` never.
         candidates: how many passages a retrieval reports.
         where: values that `meta` of a passage must have to be found.
@@ -45,6 +47,7 @@ class Options:
     retrieve_first: bool = False
     forget_passages: bool = False
     quote: bool = False
+    statements: bool = False
     mode: Mode = "cosup"
     candidates: int = 5
     where: Mapping[str, Any] | None = None

@@ -16,14 +16,13 @@ class Quotes:
     own, and a claim is the beginning of one of these sequences.
 
     Args:
-        passage: its title and its text are quoted, each for itself.
-        read: how much of it Gen has read, as text.
+        title: of the passage.
+        text: of it, as far as Gen has read it; both are quoted, each for itself.
         template: encodes them.
     """
 
-    def __init__(self, passage: Passage, read: str, template: Template):
-        title = len(template.passage_text(passage)) - len(passage.text)  # and what stands between
-        pieces = [piece for text in (passage.title, passage.text[: len(read) - title]) for piece in _pieces(text)]
+    def __init__(self, title: str, text: str, template: Template):
+        pieces = [piece for whole in (title, text) for piece in _pieces(whole)]
         self._sequences = [
             (ids, _word_ends(piece, spans)) for piece, (ids, spans) in zip(pieces, template.spans(pieces), strict=True)
         ]
@@ -39,6 +38,12 @@ class Quotes:
         here = [(ids, ends) for ids, ends in self._sequences if ids[:count] == written]
         following = dict.fromkeys(ids[count] for ids, _ in here if len(ids) > count)
         return list(following), not following or any(count in ends for _, ends in here)
+
+
+def text_read(passage: Passage, inserted: Sequence[int], template: Template) -> str:
+    """How much of a passage's text Gen has read, of the ids that were inserted."""
+    title = len(template.passage_text(passage)) - len(passage.text)  # and what stands between
+    return passage.text[: len(template.decode(inserted)) - title]
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 The rules: Gen can't write `[Cs]`, and `[Ce]` only inside a claim. `[Ret]` is followed by the passage and `[Cs]`. A
 `[Ret]` or an end of sequence that Gen chooses inside a claim comes after a `[Ce]` that is put before it. A `[Ret]`
-whose search finds nothing is taken back.
+whose search finds nothing is taken back. Where claims become statements, each is reported once Gen has closed it, and
+Gen reads the statement in the place of its own words.
 """
 
 import itertools
@@ -14,7 +15,8 @@ from dataclasses import replace
 from cosup.data import Passage
 from cosup.engine.events import ClaimClosed, ClaimOpened, Event, Finished, Inserted, Retrieved, Token
 from cosup.engine.options import Options
-from cosup.engine.quotes import Quotes
+from cosup.engine.quotes import Quotes, text_read
+from cosup.engine.statements import statement
 from cosup.index import Hit
 from cosup.template import Claim, Parser, Reason, Response, Template
 
@@ -45,13 +47,15 @@ class Row:
         self.ended = False
         self._template, self._limit = template, limit
         self._parser = Parser(template)
+        self._prompt = len(prompt)
         self._random = random.Random(options.seed)
         self._hits: list[tuple[Hit, ...]] = []
         self._cited: list[Hit] = []
         self._shortened: list[str] = []
         self._ret = self._claim = 0  # places in `context` of the last [Ret] and of the token after its [Cs]
         self._nothing_found = self._forced = False
-        self._quotes: Quotes | None = None  # of the passage that is cited now, where claims quote
+        self._text = ""  # of the passage that is cited now, as far as Gen has read it
+        self._quotes: Quotes | None = None  # of that passage, where claims quote
         self._read = self.sampled = 0
         self._shown, self._cut = "", -1
         self._started = time.perf_counter()
@@ -121,7 +125,11 @@ class Row:
             self._close_claim()
         spent = self.sampled >= self.options.max_new_tokens
         full = len(self.context) + 1 + ROOM_FOR_CLAIM >= self._limit
-        if token == t.ret and not (spent or full):
+        if self._withholds and token not in (t.ret, t.ce, t.eos):
+            self.context.append(token)
+            if spent or full:
+                self._state_claim(final=True)
+        elif token == t.ret and not (spent or full):
             self._ask()
         elif token == t.ce:
             self._close_claim(final=spent or full)
@@ -159,11 +167,9 @@ class Row:
         for token in inserted:
             self._append(token, inserted=True)
         self._claim = len(self.context)
-        self._quotes = self._quotable(passage, inserted) if self.options.quote else None
+        self._text = text_read(passage, inserted[:-1], self._template)
+        self._quotes = Quotes(passage.title, self._text, self._template) if self.options.quote else None
         self.events.append(ClaimOpened(hit.id))
-
-    def _quotable(self, passage: Passage, inserted: Sequence[int]) -> Quotes:
-        return Quotes(passage, self._template.decode(inserted[:-1]), self._template)
 
     def withdraw(self) -> None:
         """Takes `[Ret]` back; the token before it is read again, to choose another in its place."""
@@ -180,7 +186,28 @@ class Row:
         """Writes a `[Ret]`, which is reported when its search found something."""
         self.context.append(self._template.ret)
 
+    @property
+    def _withholds(self) -> bool:
+        """Whether what Gen writes now is reported only when its claim is closed."""
+        return self.options.statements and self._parser.state == "claim"
+
+    def _state_claim(self, *, final: bool = False) -> None:
+        """Puts what the passage states in the place of what Gen has chosen of it, if it fits the context."""
+        t, chosen = self._template, self.context[self._claim :]
+        claim = t.decode(chosen)
+        stated = statement(t.decode(self.context[: self._prompt]), claim, self._text)
+        written = chosen if stated == claim else t.encode(stated)
+        if self._claim + len(written) + 1 + ROOM_FOR_CLAIM >= self._limit:
+            written = chosen
+        if written != chosen:
+            self.length = self._claim
+        del self.context[self._claim :]
+        for place, token in enumerate(written, start=1):
+            self._append(token, final=final and place == len(written))
+
     def _close_claim(self, *, final: bool = False) -> None:
+        if self._withholds:
+            self._state_claim()
         self._append(self._template.ce, final=final)
         if self.options.forget_passages:
             self.context[self._ret :] = [self._template.cs, *self.context[self._claim :]]

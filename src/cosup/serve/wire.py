@@ -62,6 +62,7 @@ class Extras(BaseModel):
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     forget_passages: bool = False
     quote: bool = False
+    statements: bool = False
     events: bool = False
 
 

@@ -179,7 +179,6 @@ def _name(recipe: Recipe, template: Template) -> str:
         "format": _FORMAT,
         "rules": {task: asdict(rule) for task, rule in (TASKS | {"": DEFAULT_RULE}).items()},
         "files": [[_hash(section.resolve(path)) for path in paths] for paths in named],
-        "claims": section.claims,
         "max_tokens": section.max_tokens,
         "only_with_retrieval": section.only_with_retrieval,
         "train_on_passages": recipe.train.train_on_passages,
@@ -237,7 +236,7 @@ def _read(
 ) -> Iterator[Example]:
     for path in map(section.resolve, paths):
         if kind_of(path) == "questions":
-            found = convert(read_questions(path), passages=passages, claims=section.claims, left_out=left_out)
+            found = convert(read_questions(path), passages=passages, left_out=left_out)
         else:
             found = iter(read_examples(path))
         for example in found:

@@ -1,4 +1,4 @@
-"""What a passage says of an answer: the sentence that holds it, or as much of that as a claim should have."""
+"""What a passage states of an answer: the sentence that holds it, or as much of that as a claim should have."""
 
 import re
 from bisect import bisect_right
@@ -8,6 +8,7 @@ from cosup.data.documents import sentences
 MOST_WORDS = 20
 """Of a statement; an answer that is longer is one by itself."""
 
+_VERDICTS = frozenset({"yes", "no", "true", "false", "supports", "refutes"})
 _WORD = re.compile(r"\S+")
 _DASHES = "-\u2013\u2014"
 _CLAUSE_ENDS = (*",;:)]", *_DASHES)
@@ -26,12 +27,12 @@ def statement(question: str, answer: str, text: str, *, most: int = MOST_WORDS) 
         most: words that a statement may have, 1 or more.
 
     Returns:
-        Words of the text as they stand there; the answer itself where the text does not hold it, letter case aside, or
-        where it has more than `most` words.
+        Words of the text as they stand there; the answer itself where it is a verdict, such as yes or no, where it has
+        more than `most` words, and where the text does not hold it, letter case aside.
     """
     asked, wanted = _content(question), answer.strip()
     holding = [sentence for sentence in map(str.strip, sentences(text)) if _place(wanted, sentence)]
-    if not holding or len(wanted.split()) > most:
+    if not holding or len(wanted.split()) > most or wanted.casefold() in _VERDICTS:
         return answer
     return _around(wanted, max(holding, key=lambda sentence: len(asked & _content(sentence))), most)
 
