@@ -360,19 +360,18 @@ def answers(kept: Kept) -> list[str]:
 
 
 def ways(kept: Kept) -> list[str]:
-    """Correctness with its own retrieval beside BM25's, one retrieval before it writes, and none."""
+    """Correctness with its own retrieval beside BM25's, one retrieval before it writes, and none; and of statements."""
     names = {"released-0": "where it asks", "released-static-0": "once, with the question"}
     names |= {"released-bm25-0": "once, by BM25", "released-none-0": "never"}
+    names |= {"released-statements-0": "where it asks, `--statements`", "released-quoted-0": "with `--quote` too"}
     found = {name: kept["runs"][name]["tasks"] for name in names if name in kept["runs"]}
     if len(found) < 2:
         return []
-    lines = ["The same model with other retrieval; the share that is correct:", ""]
+    lines = ["The same model with other retrieval, and with statements for claims; the share that is correct:", ""]
     lines += header(["data set", *(names[name] for name in found)])
     for task, figures in found["released-0"].items():
-        if (name := correctness(task, figures)) and all(task in tasks for tasks in found.values()):
-            lines.append(
-                f"| {title(task)} | " + " | ".join(value(tasks[task], name) for tasks in found.values()) + " |"
-            )
+        if name := correctness(task, figures):
+            lines.append(row(title(task), *(value(tasks.get(task, {}), name) for tasks in found.values())))
     return [*lines, ""]
 
 
