@@ -8,7 +8,7 @@
 What is kept lies in `experiments/results/`, a JSON file for each experiment folder: of every run its settings, and of
 every data set its figures with their counts and 95 % intervals. With `--losses`, in `losses/` there, it is what the
 trainings of the main comparison logged. With `--add`, the runs of another folder, judged on the same questions and
-passages, stand beside those that are kept under that name; tables of differences stay as they are.
+passages, stand beside those that are kept under that name, and the rows of its sweeps below theirs.
 """
 
 import argparse
@@ -94,9 +94,11 @@ def keep(kept: Kept, path: Path) -> None:
 
 
 def added(told: Kept, found: Kept, path: Path) -> Kept:
-    """What is kept in a file, with more runs, and what is told of all of them."""
+    """What is kept in a file, with runs and sweeps that it lacks, and what is told of all of them."""
     kept: Kept = json.loads(path.read_text("utf-8"))
-    return kept | told | {"runs": kept["runs"] | found["runs"]}
+    known = kept["sweeps"].splitlines()
+    rows = [line for line in found["sweeps"].splitlines() if line not in known]
+    return kept | told | {"runs": found["runs"] | kept["runs"], "sweeps": "".join(f"{line}\n" for line in known + rows)}
 
 
 def evaluations_of(folder: Path) -> Kept:

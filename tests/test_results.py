@@ -114,15 +114,19 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
 def test_runs_of_another_folder_are_added_to_those_that_are_kept(
     results: ModuleType, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    table = "| condition | retrieval |\n|---|--:|\n| cosup | 0.5 |\n"
+    (experiment / "sweeps.md").write_text(table + "| one | 0.25 |\n")
     run(results, monkeypatch, "--keep", str(experiment), "--as", "some", "--command", "one")
     shutil.copytree(experiment, tmp_path / "more")
     shutil.rmtree(tmp_path / "more" / "evaluations" / "released-0")
     shutil.rmtree(tmp_path / "more" / "evaluations" / "released-none-0")
+    (tmp_path / "more" / "sweeps.md").write_text(table + "| two | 0.75 |\n")
     settings = {"index": {"passages": 5000}, "options": {"max_new_tokens": 17}}
     judged(tmp_path / "more" / "evaluations" / "released-bm25-0", {"answer_in_text": 0.125}, mode="bm25", **settings)
     run(results, monkeypatch, "--keep", str(tmp_path / "more"), "--as", "some", "--add", "--command", "both")
     kept = json.loads((results.HERE / "some.json").read_text())
     assert sorted(kept["runs"]) == ["released-0", "released-bm25-0", "released-none-0"]
+    assert kept["sweeps"] == table + "| one | 0.25 |\n| two | 0.75 |\n"
     assert (kept["command"], kept["baselines"]["all-minilm-l6-v2"]["nq"]["value"]) == ("both", 0.75)
     assert "0.125" in results.PAGE.read_text()
 
