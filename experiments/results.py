@@ -55,13 +55,15 @@ def main() -> None:
             parser.error("--keep needs --as NAME, which names the file")
         if missing := unlogged(arguments.keep) if arguments.losses else unfinished(arguments.keep):
             parser.error(f"{missing} is missing; run the experiment again, which goes on, or remove the run")
+        path = HERE / ("losses" if arguments.losses else "") / f"{arguments.name}.json"
+        if arguments.add and (arguments.losses or not path.is_file()):
+            parser.error(f"--add needs evaluations that are kept as --as says, and there are none in {path}")
         told = {
             "date": datetime.now(UTC).date().isoformat(),
             "hardware": arguments.hardware,
             "command": arguments.command,
         }
         found = losses_of(arguments.keep) if arguments.losses else evaluations_of(arguments.keep)
-        path = HERE / ("losses" if arguments.losses else "") / f"{arguments.name}.json"
         keep(added(told, found, path) if arguments.add else told | found, path)
     experiments, losses = ([json.loads(path.read_text("utf-8")) for path in sorted(HERE.glob(names))] for names in KEPT)
     text = page(experiments, losses)
@@ -96,7 +98,7 @@ def keep(kept: Kept, path: Path) -> None:
 def added(told: Kept, found: Kept, path: Path) -> Kept:
     """What is kept in a file, with runs and sweeps that it lacks, and what is told of all of them."""
     kept: Kept = json.loads(path.read_text("utf-8"))
-    known = kept["sweeps"].splitlines()
+    known = kept.get("sweeps", "").splitlines()
     rows = [line for line in found["sweeps"].splitlines() if line not in known]
     return kept | told | {"runs": found["runs"] | kept["runs"], "sweeps": "".join(f"{line}\n" for line in known + rows)}
 

@@ -131,6 +131,14 @@ def test_runs_of_another_folder_are_added_to_those_that_are_kept(
     assert "0.125" in results.PAGE.read_text()
 
 
+def test_runs_are_added_to_nothing_but_what_is_kept(
+    results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(results, monkeypatch, "--keep", str(experiment), "--as", "other", "--add")
+    assert "there are none in" in capsys.readouterr().err
+
+
 def test_losses_are_shown_as_far_as_all_runs_got(
     results: ModuleType, experiment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ class Row:
         self._shortened: list[str] = []
         self._ret = self._claim = 0  # places in `context` of the last [Ret] and of the token after its [Cs]
         self._nothing_found = self._forced = False
-        self._text = ""  # of the passage that is cited now, as far as Gen has read it
+        self._text = ""  # of the passage that is cited now, as far as Gen has read it, where claims depend on it
         self._quotes: Quotes | None = None  # of that passage, where claims quote
         self._read = self.sampled = 0
         self._shown, self._cut = "", -1
@@ -167,7 +167,8 @@ class Row:
         for token in inserted:
             self._append(token, inserted=True)
         self._claim = len(self.context)
-        self._text = text_read(passage, inserted[:-1], self._template)
+        if self.options.quote or self.options.statements:
+            self._text = text_read(passage, inserted[:-1], self._template)
         self._quotes = Quotes(passage.title, self._text, self._template) if self.options.quote else None
         self.events.append(ClaimOpened(hit.id))
 
