@@ -266,6 +266,9 @@ def test_an_index_is_planned_checked_searched_updated_and_emptied(
     found = run("index", "search", "iron", "--index", index, *model, "--where", "source=b").stdout
     assert "p9" in found
     assert "p3" not in found
+    worded = run("index", "search", "iron", "--index", index, *model, "--hybrid", "9", "-k", "2").stdout
+    assert "p3" in worded
+    assert "p9" in worded
     write_records(corpus, [*passages[1:], Passage("new", "Silver is a metal.")])
     updated = run("index", "update", "--index", index, *model, "--passages", corpus).stdout
     assert "1 added, 0 changed, 0 with other meta alone, 1 removed, 11 unchanged; 12 passages" in updated

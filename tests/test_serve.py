@@ -186,6 +186,22 @@ def test_search_passages_and_embeddings_agree_with_the_model(engine: Engine, add
     assert removed == [200, 404]
 
 
+def test_words_are_searched_for_where_a_request_wants_it_in_what_was_just_added_too(address: str) -> None:
+    text = "zebra quagga okapi"
+    told = {"cosup": {"retrieve_first": True, "hybrid": 99.0, "events": True}}
+    with httpx.Client(base_url=address) as http, client(address) as asking:
+        before = http.post("/v1/search", json={"query": text, "hybrid": 99.0}).json()["data"]
+        http.post("/v1/passages", json={"passages": [{"id": "new", "text": text}]})
+        found = http.post("/v1/search", json={"query": text, "hybrid": 99.0}).json()["data"]
+        message = {"role": "user", "content": "What of the okapi?"}
+        chunks = asking.chat.completions.create(model="cosup", messages=[message], stream=True, extra_body=told)
+        events = [chunk.cosup for chunk in chunks if getattr(chunk, "cosup", None)]
+        http.delete("/v1/passages/new")
+    assert "new" not in {passage["id"] for passage in before}
+    assert found[0]["id"] == "new"
+    assert events[0]["candidates"][0]["id"] == "new"
+
+
 BAD: list[tuple[str, bytes]] = [
     ("not json", b"{"),
     ("invalid utf-8", b'{"model": "\xff"}'),

@@ -217,6 +217,16 @@ class Template:
         instruction = "\n".join(system) if system else self._instruction(task)
         return self._laid_out(instruction, turns + messages[-1]["content"])
 
+    def asked(self, prompt: Sequence[int]) -> str:
+        """The question of a `prompt`, or the turns of a `chat`, in words: without instruction and layout.
+
+        Where nothing of the layout stands between instruction and question, the instruction is kept.
+        """
+        before, _, after = self.settings.prompt.partition("{question}")
+        between = before.rpartition("{instruction}")[2]
+        text = self.decode(prompt[len(self._bos) :]).removesuffix(after)
+        return (text.partition(between)[2] if between else "") or text
+
     def inserted(self, passage: Passage, *, max_tokens: int) -> list[int]:
         """What is put into Gen's context: the passage, shortened at a sentence to fit, and `[Cs]`.
 

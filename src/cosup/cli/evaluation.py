@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from cosup.cli.options import DEFAULT_MODEL, IndexOption, ModelOption, NewTokensOption, QuoteOption, StatementsOption
+from cosup.cli.options import (
+    DEFAULT_MODEL,
+    HybridOption,
+    IndexOption,
+    ModelOption,
+    NewTokensOption,
+    QuoteOption,
+    StatementsOption,
+)
 
 
 def evaluate(
@@ -27,6 +35,7 @@ def evaluate(
     max_new_tokens: NewTokensOption = 64,
     quote: QuoteOption = False,
     statements: StatementsOption = False,
+    hybrid: HybridOption = 0.0,
     nli: Annotated[str, typer.Option(help="An NLI model, for citation recall and precision; not run without.")] = "",
     mauve: Annotated[str, typer.Option(help="A causal LM, for MAUVE; not run without.")] = "",
     name: Annotated[
@@ -41,7 +50,7 @@ def evaluate(
     from cosup.index import open_index
     from cosup.model import CoSupModel
 
-    options = Options(max_new_tokens=max_new_tokens, quote=quote, statements=statements)
+    options = Options(max_new_tokens=max_new_tokens, quote=quote, statements=statements, hybrid=hybrid)
     settings = RunSettings(mode, not whole_corpus, options, name=name, mauve_model=mauve)  # type: ignore[arg-type]
     asked = read_tasks(tasks or [], data=data, limit=limit)
     place = out or (Path("runs") / model if model == DEFAULT_MODEL else model) / "evaluations"

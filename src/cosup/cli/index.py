@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cosup.cli.options import DEFAULT_MODEL, IndexOption, ModelOption, PassagesOption, TaskOption
+from cosup.cli.options import DEFAULT_MODEL, HybridOption, IndexOption, ModelOption, PassagesOption, TaskOption
 from cosup.config import UserError
 
 app = typer.Typer(help="Build and search indexes of passages.", no_args_is_help=True)
@@ -165,6 +165,7 @@ def search(
     model: ModelOption = DEFAULT_MODEL,
     k: Annotated[int, typer.Option("--top", "-k", min=1, help="How many passages.")] = 5,
     task: TaskOption = "",
+    hybrid: HybridOption = 0.0,
     where: Annotated[
         list[str] | None, typer.Option(help="Only passages whose meta has this value: key=value; may be repeated.")
     ] = None,
@@ -172,13 +173,14 @@ def search(
     """Search an index with the model's state at a [Ret] put right after the prompt."""
     from cosup import terminal
     from cosup.engine import check_index
-    from cosup.index import open_index
+    from cosup.index import HybridIndex, open_index
     from cosup.model import CoSupModel
 
-    opened, loaded = open_index(index), CoSupModel.load(model)
+    opened, loaded = HybridIndex(open_index(index)), CoSupModel.load(model)
     check_index(loaded, opened)
     conditions = _conditions(where or [])
-    (hits,) = opened.search(loaded.query([loaded.template.prompt(query, task=task)]), k, where=conditions)
+    query_1D = loaded.query([loaded.template.prompt(query, task=task)])
+    (hits,) = opened.search(query_1D, k, where=conditions, words=[query], weight=hybrid)
     terminal.show_hits(hits, opened.get([hit.id for hit in hits]), query=query)
     if not hits:
         terminal.err.print("[dim](no passage was found)[/]")

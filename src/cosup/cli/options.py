@@ -28,6 +28,10 @@ StatementsOption = Annotated[
     bool,
     typer.Option("--statements", help="Show a claim as its passage states it: the sentence, or 20 words around it."),
 ]
+HybridOption = Annotated[
+    float,
+    typer.Option("--hybrid", min=0.0, help="What words in common with the question add, at most, to a score. Try 0.2."),
+]
 PassagesOption = Annotated[
     list[str],
     typer.Option("--passages", help="JSONL, Parquet, a folder of Parquet, or hf:NAME[:SPLIT]; may be repeated."),
@@ -52,6 +56,7 @@ def _writing(
     ] = False,
     quote: QuoteOption = False,
     statements: StatementsOption = False,
+    hybrid: HybridOption = 0.0,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")] = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", help="Sample from the likeliest tokens up to this probability.")
@@ -73,6 +78,7 @@ def _writing(
         forget_passages=forget_passages,
         quote=quote,
         statements=statements,
+        hybrid=hybrid,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,

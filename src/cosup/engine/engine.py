@@ -8,7 +8,7 @@ from cosup.engine.events import Event, Finished
 from cosup.engine.options import Options
 from cosup.engine.reader import Gen
 from cosup.engine.session import Session
-from cosup.index import Index
+from cosup.index import HybridIndex, Index
 from cosup.model import CoSupModel
 from cosup.template import Response
 
@@ -27,7 +27,7 @@ class Engine:
 
     def __init__(self, model: CoSupModel, index: Index, options: Options | None = None):
         check_index(model, index)
-        self.model, self.index, self.options = model, index, options or Options()
+        self.model, self.index, self.options = model, HybridIndex.of(index), options or Options()
         self._gen = Gen.of(model)
 
     def generate(

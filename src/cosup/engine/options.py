@@ -25,6 +25,9 @@ class Options:
         quote: whether a claim is a piece of its passage, word for word. Not for answers that judge, as true or false.
         statements: whether a claim that stands in its passage becomes what the passage states: the sentence around it,
             or whole clauses of it up to 20 words. Claims are then reported when they are closed.
+        hybrid: what words count in a search: of the passages that it considers, the one with the best BM25 score for
+            the question and the answer so far gains this much, others in proportion. 0: the state alone searches. The
+            scores that are reported, and those that `min_score` is held against, are the state's in any case.
         mode: `cosup` retrieves where Gen asks; `static` once, with the prompt, before it writes; `none` never.
         candidates: how many passages a retrieval reports.
         where: values that `meta` of a passage must have to be found.
@@ -48,6 +51,7 @@ class Options:
     forget_passages: bool = False
     quote: bool = False
     statements: bool = False
+    hybrid: float = 0.0
     mode: Mode = "cosup"
     candidates: int = 5
     where: Mapping[str, Any] | None = None
@@ -70,6 +74,7 @@ class Options:
         ):
             _refuse(getattr(self, name) < least, name, getattr(self, name), f"at least {least}")
         _refuse(not 0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
+        _refuse(not 0 <= self.hybrid < math.inf, "hybrid", self.hybrid, "0 or more")
         _refuse(not 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _refuse(self.mode not in get_args(Mode), "mode", self.mode, f"one of {', '.join(get_args(Mode))}")
         _refuse(isinstance(self.stop, str) or "" in self.stop, "stop", self.stop, "a sequence of strings, none empty")

@@ -73,6 +73,11 @@ class Row:
         return self.length == len(self.context) and self.context[-1] == self._template.ret
 
     @property
+    def words(self) -> str:
+        """What a search by words looks for: the question, and what is written of the answer."""
+        return f"{self._template.asked(self.context[: self._prompt])} {self._parser.text}"
+
+    @property
     def banned(self) -> list[int]:
         """Tokens that Gen can't choose now."""
         t = self._template

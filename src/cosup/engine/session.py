@@ -5,7 +5,7 @@ Shapes: R rows that finished reading in a step, Q rows that search, D hidden siz
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from cosup.engine.options import Options
 from cosup.engine.reader import Chunk, Gen, Reader
 from cosup.engine.row import ROOM_FOR_CLAIM, Row
 from cosup.engine.sampling import choose
-from cosup.index import Hit, Index
+from cosup.index import Hit, HybridIndex, Index
 from cosup.model import CoSupModel
 
 TOKENS_PER_STEP = 512
@@ -65,7 +65,7 @@ class Session:
 
     def __init__(self, model: CoSupModel, index: Index, options: Options, *, gen: Gen | None = None):
         self.seconds = Seconds()
-        self._model, self._index, self._options = model, index, options
+        self._model, self._index, self._options = model, HybridIndex.of(index), options
         self._limit = model.context
         self._reader = Reader(gen or Gen.of(model), options.rows)
         self._numbers = itertools.count()
@@ -224,21 +224,23 @@ class Session:
         left = list(range(len(rows)))
         while left:
             like = rows[left[0]].options
-            group = [i for i in left if rows[i].options.where == like.where and rows[i].options.depth == like.depth]
+            group = [i for i in left if _searches_alike(rows[i].options, like)]
             left = [i for i in left if i not in group]
-            found = self._search(queries_QD[group], like.depth, like.where)
+            found = self._search(queries_QD[group], [rows[i].words for i in group] if like.hybrid else [], like)
             for i, hits in zip(group, found, strict=True):
                 self._insert(rows[i], hits)
 
-    def _search(self, queries_QD: Any, depth: int, where: Mapping[str, Any] | None) -> list[list[Hit] | Exception]:
+    def _search(self, queries_QD: Any, words: list[str], like: Options) -> list[list[Hit] | Exception]:
         """The hits of each query, or the error that it met, alone."""
         try:
-            return list(self._index.search(queries_QD, depth, where=where))
+            return list(self._index.search(queries_QD, like.depth, where=like.where, words=words, weight=like.hybrid))
         except Exception as e:
             if len(queries_QD) == 1:
                 return [e]
         return [
-            hits for row in range(len(queries_QD)) for hits in self._search(queries_QD[row : row + 1], depth, where)
+            hits
+            for row in range(len(queries_QD))
+            for hits in self._search(queries_QD[row : row + 1], words[row : row + 1], like)
         ]
 
     def _insert(self, row: Row, hits: list[Hit] | Exception) -> None:
@@ -293,6 +295,10 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
     return sum(1 for _ in pairs)
+
+
+def _searches_alike(a: Options, b: Options) -> bool:
+    return (a.where, a.depth, a.hybrid) == (b.where, b.depth, b.hybrid)
 
 
 def _told(what: str, error: Exception) -> str:

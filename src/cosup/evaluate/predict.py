@@ -10,8 +10,8 @@ from cosup.config import UserError
 from cosup.data import Question
 from cosup.engine import Engine, Event, Finished, Options, Retrieved, Token
 from cosup.evaluate.judge import DEPTH, Prediction
-from cosup.evaluate.retrieval import QUESTION, Lexical, QuestionIndex, refuse_unknown_candidates
-from cosup.index import Index
+from cosup.evaluate.retrieval import QUESTION, QuestionIndex, bm25_rankings, refuse_unknown_candidates
+from cosup.index import HybridIndex, Index
 from cosup.model import CoSupModel
 from cosup.template import Response
 
@@ -24,12 +24,11 @@ class Asker:
 
     Args:
         model: in evaluation mode.
-        index: built by this model.
+        index: built by this model; a `HybridIndex` makes BM25 once for all that ask it.
         questions: all that will be asked; BM25 ranks for them.
         options: of the engine; its `mode` is the mode unless `bm25` is said.
         bm25: whether the passage is retrieved once, with the prompt, by BM25 in the model's place.
         own: ids that each question may choose from; questions that are not named here choose from the whole corpus.
-        lexical: BM25 over this index, where it was made before.
 
     Raises:
         UserError: the index is another model's, or does not hold a candidate.
@@ -44,7 +43,6 @@ class Asker:
         options: Options | None = None,
         bm25: bool = False,
         own: dict[str, list[str]] | None = None,
-        lexical: Lexical | None = None,
     ):
         options = options or Options()
         self._options = replace(options, candidates=max(DEPTH, options.candidates))
@@ -52,9 +50,10 @@ class Asker:
             self._options = replace(self._options, mode="static")
         self._model, own = model, own or {}
         refuse_unknown_candidates(index, own)
-        self._bm25 = (lexical or Lexical(index)).rankings(questions, k=DEPTH, candidates=own)
+        whole = HybridIndex.of(index)
+        self._bm25 = bm25_rankings(questions, whole, k=DEPTH, candidates=own)
         self._per_question = {question.id for question in questions if bm25 or question.id in own}
-        self._index = QuestionIndex(index, candidates=own, rankings=self._bm25 if bm25 else None)
+        self._index = QuestionIndex(whole, candidates=own, rankings=self._bm25 if bm25 else None)
         self._engine = Engine(model, self._index, self._options)
 
     def predict(self, questions: Sequence[Question]) -> Iterator[Prediction]:
@@ -109,12 +108,8 @@ class Asker:
         if self._options.mode == "none" or not questions:
             return [None] * len(questions)
         queries_QD = self._model.query([self._prompt(question) for question in questions])
-        wheres = [self._where(question) for question in questions]
-        if all(where == wheres[0] for where in wheres):
-            found = self._index.search(queries_QD, DEPTH, where=wheres[0])
-        else:
-            found = [
-                self._index.search(query_1D, DEPTH, where=where)[0]
-                for query_1D, where in zip(np.split(queries_QD, len(questions)), wheres, strict=True)
-            ]
-        return [[hit.id for hit in hits] for hits in found]
+        found = [
+            self._index.search(query_1D, DEPTH, where=self._where(q), words=[q.question], weight=self._options.hybrid)
+            for query_1D, q in zip(np.split(queries_QD, len(questions)), questions, strict=True)
+        ]
+        return [[hit.id for hit in hits] for (hits,) in found]

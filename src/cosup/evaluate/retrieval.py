@@ -1,22 +1,21 @@
 """What a question may retrieve from: the whole corpus, its own candidates, or what BM25 finds."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cosup.config import UserError
-from cosup.data import Passage, Question
-from cosup.index import BM25, Hit, Index
+from cosup.data import Question
+from cosup.index import BM25, Hit, HybridIndex, Index
 from cosup.index.protocol import Vectors
 
 QUESTION = "cosup.question"
 """The key of `where` by which a search says for which question it is."""
 
 
-class QuestionIndex:
-    """An index in which each question finds only what is its own. See `cosup.index.Index` for the methods.
+class QuestionIndex(HybridIndex):
+    """An index in which each question finds only what is its own.
 
     A search whose `where` names a question by `QUESTION` chooses from its passages; another one from all.
 
@@ -33,17 +32,16 @@ class QuestionIndex:
         candidates: Mapping[str, Sequence[str]] | None = None,
         rankings: Mapping[str, Sequence[str]] | None = None,
     ):
-        self._index, self._candidates, self._rankings = index, candidates or {}, rankings or {}
-        self.fingerprint, self.dim = index.fingerprint, index.dim
+        self._whole = HybridIndex.of(index)
+        super().__init__(self._whole)
+        self._candidates, self._rankings = candidates or {}, rankings or {}
 
-    def __len__(self) -> int:
-        return len(self._index)
+    @property
+    def bm25(self) -> BM25:
+        """That of the index that it wraps."""
+        return self._whole.bm25
 
-    def __iter__(self) -> Iterator[Passage]:
-        return iter(self._index)
-
-    def search(self, queries_QD: Vectors, k: int, *, where: Mapping[str, Any] | None = None) -> list[list[Hit]]:
-        """See `Index.search`."""
+    def _near(self, queries_QD: Vectors, k: int, where: Mapping[str, Any] | None) -> list[list[Hit]]:
         rest = dict(where or {})
         question = rest.pop(QUESTION, None)
         if question in self._rankings:
@@ -53,54 +51,24 @@ class QuestionIndex:
             return _nearest(self._index, queries_QD, self._candidates[question], k)
         return self._index.search(queries_QD, k, where=rest or None)
 
-    def get(self, ids: Sequence[str]) -> list[Passage]:
-        """See `Index.get`."""
-        return self._index.get(ids)
-
-    def vectors(self, ids: Sequence[str]) -> Vectors:
-        """See `Index.vectors`."""
-        return self._index.vectors(ids)
-
-    def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
-        """See `Index.add`."""
-        self._index.add(passages, vectors_PD)
-
-    def remove(self, ids: Sequence[str]) -> int:
-        """See `Index.remove`."""
-        return self._index.remove(ids)
-
 
 def own_candidates(questions: Sequence[Question]) -> dict[str, list[str]]:
     """The candidates of those questions that bring some."""
     return {question.id: question.candidates for question in questions if question.candidates}
 
 
-class Lexical:
-    """BM25 over the passages of an index, made when it is first asked for.
-
-    Args:
-        index: whose passages are read once, then.
-    """
-
-    def __init__(self, index: Index):
-        self._index = index
-
-    def rankings(
-        self, questions: Sequence[Question], *, k: int, candidates: Mapping[str, Sequence[str]]
-    ) -> dict[str, list[str]]:
-        """What it finds for each question, among its candidates where it has some, else among all passages."""
-        free = [question for question in questions if question.id not in candidates]
-        found = self._of_all.search([question.question for question in free], k) if free else []
-        rankings = {question.id: ids for question, ids in zip(free, found, strict=True)}
-        for question in questions:
-            if question.id in candidates:
-                own = BM25(self._index.get(candidates[question.id]))
-                (rankings[question.id],) = own.search([question.question], k)
-        return rankings
-
-    @cached_property
-    def _of_all(self) -> BM25:
-        return BM25(list(self._index))
+def bm25_rankings(
+    questions: Sequence[Question], index: HybridIndex, *, k: int, candidates: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """What BM25 finds for each question, among its candidates where it has some, else among all passages."""
+    free = [question for question in questions if question.id not in candidates]
+    found = index.bm25.search([question.question for question in free], k) if free else []
+    rankings = {question.id: ids for question, ids in zip(free, found, strict=True)}
+    for question in questions:
+        if question.id in candidates:
+            own = BM25(index.get(candidates[question.id]))
+            (rankings[question.id],) = own.search([question.question], k)
+    return rankings
 
 
 def _nearest(index: Index, queries_QD: Vectors, ids: Sequence[str], k: int) -> list[list[Hit]]:

@@ -30,10 +30,10 @@ from cosup.evaluate.judge import PassageTexts, Prediction, judge, judge_entailme
 from cosup.evaluate.model import ntp_loss, references, refuse_unknown_gold, verdicts
 from cosup.evaluate.nli import CachedNli, Nli
 from cosup.evaluate.predict import MODES, Asker, Mode
-from cosup.evaluate.retrieval import Lexical, own_candidates
+from cosup.evaluate.retrieval import own_candidates
 from cosup.evaluate.tasks import Task
 from cosup.files import atomic_file, sha256
-from cosup.index import Index
+from cosup.index import HybridIndex, Index
 from cosup.model import CoSupModel
 
 FORMAT_VERSION = 1
@@ -64,6 +64,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+        if self.mode == "bm25" and self.options.hybrid:
+            raise UserError("hybrid gives words a part in the model's search, and mode 'bm25' has none; leave one out")
 
 
 def evaluate_tasks(
@@ -104,9 +106,9 @@ def evaluate_tasks(
         out, _description(model, index, tasks, settings, source) | {"name": settings.name or _name_of(out)}, source
     )
     evaluations = {}
-    lexical = Lexical(index)
+    index = HybridIndex.of(index)
     for task in tasks:
-        predictions = _predictions(model, index, task, out / task.name, settings, lexical, counter)
+        predictions = _predictions(model, index, task, out / task.name, settings, counter)
         evaluations[task.name] = _judged(model, index, task, predictions, out, settings, nli, counter)
     return evaluations
 
@@ -138,7 +140,6 @@ def _predictions(
     task: Task,
     folder: Path,
     settings: RunSettings,
-    lexical: Lexical,
     counter: Counter,
 ) -> dict[str, Prediction]:
     path = folder / "predictions.jsonl"
@@ -153,7 +154,6 @@ def _predictions(
         options=settings.options if settings.mode == "bm25" else replace(settings.options, mode=settings.mode),
         bm25=settings.mode == "bm25",
         own=own_candidates(left) if settings.own_candidates else None,
-        lexical=lexical,
     )
     folder.mkdir(parents=True, exist_ok=True)
     what = f"asking {task.name}" + (f" ({len(done):,} answered before)" if done else "")

@@ -6,6 +6,7 @@ from cosup.index.bm25 import BM25
 from cosup.index.build import build_collection, build_index
 from cosup.index.estimate import Estimate, estimate_build
 from cosup.index.folder import FaissIndex
+from cosup.index.hybrid import HybridIndex
 from cosup.index.mine import Mined, Rules, mine
 from cosup.index.protocol import Embedder, EmbedderFactory, Hit, Index, MeasuringEmbedder, PassageTooLargeError
 from cosup.index.sources import Source
@@ -18,6 +19,7 @@ __all__ = [
     "Estimate",
     "FaissIndex",
     "Hit",
+    "HybridIndex",
     "Index",
     "MeasuringEmbedder",
     "Mined",

@@ -1,11 +1,14 @@
-"""BM25 over the same passages: the baseline that evaluations show beside the model."""
+"""BM25 over the same passages: the baseline beside the model, and the words' part in a hybrid search."""
 
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from cosup.data import Passage
+from cosup.index.protocol import Vectors
 
 
 @contextmanager
@@ -38,6 +41,7 @@ class BM25:
 
     def __init__(self, passages: Sequence[Passage]):
         self._ids = [passage.id for passage in passages]
+        self._rows = {id: row for row, id in enumerate(self._ids)}
         self._retriever = bm25s.BM25()
         tokens = _tokens([f"{p.title} {p.text}" for p in passages])
         self._empty = not tokens.vocab or not any(tokens.ids)
@@ -54,6 +58,24 @@ class BM25:
             [self._ids[int(row)] for row, score in zip(rows, scores, strict=True) if score > 0]
             for rows, scores in zip(rows_QK, scores_QK, strict=True)
         ]
+
+    def scores(self, query: str) -> Vectors:
+        """The score of every passage, float32 [N], in the order of the corpus; 0 where it shares no word."""
+        (tokens,) = bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)
+        if self._empty or not tokens:
+            return np.zeros(len(self._ids), np.float32)
+        scores_N: Vectors = self._retriever.get_scores(tokens)
+        return scores_N
+
+    def best(self, scores_N: Vectors, k: int) -> list[str]:
+        """Ids of the k passages that score best, best first; none that scores 0."""
+        rows = np.argpartition(-scores_N, k - 1)[:k] if k < len(scores_N) else np.arange(len(scores_N))
+        return [self._ids[row] for row in rows[np.argsort(-scores_N[rows], kind="stable")] if scores_N[row] > 0]
+
+    def of(self, id: str, scores_N: Vectors) -> float:
+        """The score of one passage; 0 for one that is not in the corpus."""
+        row = self._rows.get(id)
+        return 0.0 if row is None else float(scores_N[row])
 
 
 def _tokens(texts: list[str]) -> bm25s.tokenization.Tokenized:

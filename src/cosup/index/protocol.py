@@ -80,6 +80,44 @@ class Index(Protocol):
         ...
 
 
+class WrappedIndex:
+    """An index that hands on to another one whatever a subclass does not do otherwise. See `Index` for the methods.
+
+    Args:
+        index: what it wraps.
+    """
+
+    def __init__(self, index: Index):
+        self._index = index
+        self.fingerprint, self.dim = index.fingerprint, index.dim
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[Passage]:
+        return iter(self._index)
+
+    def search(self, queries_QD: Vectors, k: int, *, where: Mapping[str, Any] | None = None) -> list[list[Hit]]:
+        """See `Index.search`."""
+        return self._index.search(queries_QD, k, where=where)
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """See `Index.get`."""
+        return self._index.get(ids)
+
+    def vectors(self, ids: Sequence[str]) -> Vectors:
+        """See `Index.vectors`."""
+        return self._index.vectors(ids)
+
+    def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
+        """See `Index.add`."""
+        self._index.add(passages, vectors_PD)
+
+    def remove(self, ids: Sequence[str]) -> int:
+        """See `Index.remove`."""
+        return self._index.remove(ids)
+
+
 class Embedder(Protocol):
     """What turns passages into vectors; `cosup.CoSupModel` is one."""
 

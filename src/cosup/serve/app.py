@@ -194,7 +194,7 @@ class _Server:
             raise UserError(f"the query has {len(prompt):,} tokens, and the model reads at most {model.context:,}")
 
         def run() -> list[wire.FoundPassage]:
-            (hits,) = index.search(model.query([prompt]), body.top)
+            (hits,) = index.search(model.query([prompt]), body.top, words=[body.query], weight=body.hybrid)
             found = index.get([hit.id for hit in hits])
             return [
                 wire.FoundPassage.model_construct(id=p.id, text=p.text, title=p.title, meta=p.meta, score=hit.score)

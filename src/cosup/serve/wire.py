@@ -63,6 +63,7 @@ class Extras(BaseModel):
     forget_passages: bool = False
     quote: bool = False
     statements: bool = False
+    hybrid: Annotated[float, Field(ge=0), Finite] = 0.0
     events: bool = False
 
 
@@ -103,6 +104,7 @@ class SearchRequest(_In):
     query: Annotated[str, Field(min_length=1)]
     top: Annotated[int, Field(ge=1, le=100)] = 5
     task: str = ""
+    hybrid: Annotated[float, Field(ge=0), Finite] = 0.0
 
 
 class PassageForm(BaseModel):

@@ -1,0 +1,104 @@
+"""Searching by the state and by words at once: the inner product, and something more for words in common."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cosup.data import Passage
+from cosup.index.bm25 import BM25
+from cosup.index.lookup import meta_keys
+from cosup.index.protocol import Hit, Index, Vectors, WrappedIndex
+
+POOL = 100
+"""So many passages are taken from either search, at least, before they are ranked by both."""
+
+
+class HybridIndex(WrappedIndex):
+    """An index that is searched by words too, where that is wanted.
+
+    Args:
+        index: what it wraps.
+    """
+
+    def __init__(self, index: Index):
+        super().__init__(index)
+        self._bm25: BM25 | None = None
+
+    @classmethod
+    def of(cls, index: Index) -> "HybridIndex":
+        """An index that can be searched by words: itself, or around it."""
+        return index if isinstance(index, cls) else cls(index)
+
+    @property
+    def bm25(self) -> BM25:
+        """BM25 over all passages, in memory: made when it is first asked for, and anew after a change made here."""
+        if self._bm25 is None:
+            self._bm25 = BM25(list(self))
+        return self._bm25
+
+    def search(
+        self,
+        queries_QD: Vectors,
+        k: int,
+        *,
+        where: Mapping[str, Any] | None = None,
+        words: Sequence[str] = (),
+        weight: float = 0.0,
+    ) -> list[list[Hit]]:
+        """The k best passages of each query. See `Index.search`.
+
+        A passage is ranked by its inner product with the query and, besides, `weight` times its BM25 score over the
+        best BM25 score of this search: the one that shares most with the words gains `weight`, one that shares nothing
+        gains nothing. Hits hold the inner product alone.
+
+        Args:
+            queries_QD: float32 [Q, D].
+            k: how many.
+            where: values that `meta` must have.
+            words: Q texts.
+            weight: 0: the words make no difference, and BM25 is not asked.
+        """
+        if not weight or k < 1:
+            return self._near(queries_QD, k, where)
+        near = self._near(queries_QD, max(k, POOL), where)
+        return [
+            self._ranked(query_D, hits, text, weight, where)[:k]
+            for query_D, hits, text in zip(queries_QD, near, words, strict=True)
+        ]
+
+    def _near(self, queries_QD: Vectors, k: int, where: Mapping[str, Any] | None) -> list[list[Hit]]:
+        """The k nearest passages of each query, by the inner product alone."""
+        return self._index.search(queries_QD, k, where=where)
+
+    def _ranked(
+        self, query_D: Vectors, near: list[Hit], text: str, weight: float, where: Mapping[str, Any] | None
+    ) -> list[Hit]:
+        scores_N = self.bm25.scores(text)
+        hits = {hit.id: hit for hit in near}
+        for id, vector_D in self._there([id for id in self.bm25.best(scores_N, POOL) if id not in hits], where):
+            hits[id] = Hit(id, float(np.dot(query_D, vector_D)))
+        shared = {id: self.bm25.of(id, scores_N) for id in hits}
+        most = max(shared.values(), default=0.0) or 1.0
+        return sorted(hits.values(), key=lambda hit: -(hit.score + weight * shared[hit.id] / most))
+
+    def _there(self, ids: list[str], where: Mapping[str, Any] | None) -> list[tuple[str, Vectors]]:
+        """Those that have these values, with their vectors; without one that somebody removed since BM25 was made."""
+        wanted = set(meta_keys(where or {}))
+        try:
+            if wanted:
+                ids = [id for id, p in zip(ids, self.get(ids), strict=True) if wanted <= set(meta_keys(p.meta))]
+            return list(zip(ids, self.vectors(ids), strict=True))
+        except KeyError as e:
+            return self._there([id for id in ids if id != e.args[0]], where)
+
+    def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
+        """See `Index.add`."""
+        super().add(passages, vectors_PD)
+        self._bm25 = None
+
+    def remove(self, ids: Sequence[str]) -> int:
+        """See `Index.remove`."""
+        removed = super().remove(ids)
+        self._bm25 = None
+        return removed

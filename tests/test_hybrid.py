@@ -1,0 +1,239 @@
+"""Words beside the state: what a hybrid search finds, alone, in the engine and over the wire."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cosup.config import UserError
+from cosup.data import Passage, Question
+from cosup.embedder import ModelEmbedder
+from cosup.engine import Engine, Options
+from cosup.evaluate import RunSettings, evaluate_model
+from cosup.evaluate.retrieval import QUESTION, QuestionIndex
+from cosup.index import FaissIndex, Hit, HybridIndex, build_index
+from cosup.model import CoSupModel
+from cosup.template import Template, TemplateSettings
+
+DIM = 8
+
+
+class FakeEmbedder:
+    """Unit vectors that depend on the text alone."""
+
+    fingerprint = "fake"
+    dim = DIM
+
+    def embed_passages(self, passages: Sequence[Passage]) -> np.ndarray:
+        return np.stack([_vector(passage.text) for passage in passages])
+
+
+def _vector(text):
+    vector = np.random.default_rng(zlib.crc32(text.encode())).standard_normal(DIM)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+COUNT = 300
+QUERY_1D = _vector("what Gen thinks of")[None]
+
+
+def _passages(numbers):
+    return [
+        Passage(f"p{n}", f"passage w{n} of v{n % 7} by u{n % 30}", meta={"side": "ab"[n % 2], "n": n}) for n in numbers
+    ]
+
+
+@pytest.fixture
+def index(tmp_path):
+    return build_index(_passages(range(COUNT)), FakeEmbedder(), tmp_path / "index")
+
+
+@pytest.fixture
+def hybrid(index):
+    return HybridIndex(index)
+
+
+def _search(hybrid, words, *, k=5, weight=0.5, **options):
+    (hits,) = hybrid.search(QUERY_1D, k, words=[words], weight=weight, **options)
+    return hits
+
+
+def _expected(hybrid, words, weight, ids):
+    """All passages, ranked as the docstring says."""
+    shared = dict(zip([p.id for p in hybrid], hybrid.bm25.scores(words).tolist(), strict=True))
+    most = max(shared[id] for id in ids) or 1.0
+    vectors_ND = hybrid.vectors(ids)
+    near = dict(zip(ids, (vectors_ND @ QUERY_1D[0]).tolist(), strict=True))
+    return sorted(ids, key=lambda id: -(near[id] + weight * shared[id] / most))
+
+
+@pytest.mark.parametrize("words", ["w17", "v3 u4", "u29", "w250 v1", "passage"])
+@pytest.mark.parametrize("weight", [0.1, 0.5, 3.0])
+def test_the_best_by_both_are_found_wherever_either_search_ranks_them(hybrid, words, weight):
+    found = [hit.id for hit in _search(hybrid, words, weight=weight, k=10)]
+    assert found == _expected(hybrid, words, weight, [f"p{n}" for n in range(COUNT)])[:10]
+
+
+def test_a_passage_far_from_the_state_is_found_by_its_words_and_told_with_the_states_score(index, hybrid):
+    (everything,) = index.search(QUERY_1D, COUNT)
+    last = everything[-1]
+    first, *_ = _search(hybrid, f"w{last.id[1:]}", weight=3.0)
+    assert first.id == last.id
+    assert first.score == pytest.approx(last.score, abs=1e-6)
+
+
+@pytest.mark.parametrize("words", ["", "the of and", "nothing that stands there"])
+def test_words_that_no_passage_has_make_no_difference(index, hybrid, words):
+    assert _search(hybrid, words) == index.search(QUERY_1D, 5)[0]
+
+
+def test_without_weight_it_is_the_index(index, hybrid, monkeypatch):
+    monkeypatch.setattr("cosup.index.hybrid.BM25", None)
+    assert _search(hybrid, "w17", weight=0.0) == index.search(QUERY_1D, 5)[0]
+    assert hybrid.search(QUERY_1D, 5) == index.search(QUERY_1D, 5)
+    assert hybrid.search(QUERY_1D, 0, words=["w17"], weight=1.0) == [[]]
+
+
+def test_each_query_has_its_own_words(hybrid):
+    two = hybrid.search(np.vstack([QUERY_1D, -QUERY_1D]), 1, words=["w17", "w18"], weight=3.0)
+    assert [hit.id for (hit,) in two] == ["p17", "p18"]
+
+
+def test_where_holds_for_what_words_find_too(hybrid):
+    assert _search(hybrid, "w17", weight=3.0, where={"side": "b"})[0].id == "p17"
+    found = _search(hybrid, "w17 v3", weight=3.0, where={"side": "a"}, k=10)
+    assert [hit.id for hit in found] == _expected(hybrid, "w17 v3", 3.0, [f"p{n}" for n in range(0, COUNT, 2)])[:10]
+    assert [hit.id for hit in _search(hybrid, "w17", where={"n": 4.0})] == ["p4"]
+    assert _search(hybrid, "w17", where={"n": -1}) == []
+
+
+def test_what_is_added_and_removed_is_found_and_found_no_more(hybrid):
+    _search(hybrid, "w1")
+    hybrid.add([Passage("new", "zebra")], FakeEmbedder().embed_passages([Passage("", "far")]))
+    assert _search(hybrid, "zebra", weight=3.0)[0].id == "new"
+    assert hybrid.remove(["new"]) == 1
+    assert "new" not in {hit.id for hit in _search(hybrid, "zebra", weight=3.0, k=COUNT)}
+    assert len(hybrid) == COUNT
+
+
+@pytest.mark.parametrize("where", [None, {"side": "b"}])
+def test_what_somebody_else_removes_is_no_error(index, hybrid, where):
+    _search(hybrid, "w17")
+    index.remove(["p17", "p19"])
+    found = _search(hybrid, "w17 w19 w21", weight=3.0, where=where, k=COUNT)
+    assert found[0].id == "p21"
+    assert not {"p17", "p19"} & {hit.id for hit in found}
+
+
+def test_an_empty_index_finds_nothing(index, hybrid):
+    index.remove([f"p{n}" for n in range(COUNT)])
+    assert _search(hybrid, "w17") == []
+
+
+def test_it_is_wrapped_once(hybrid, index):
+    assert HybridIndex.of(hybrid) is hybrid
+    assert HybridIndex.of(index) is not index
+
+
+def test_the_candidates_of_a_question_are_ranked_by_words_among_themselves(hybrid):
+    own = [f"p{n}" for n in range(40, 60)]
+    asked = QuestionIndex(hybrid, candidates={"q": own})
+    (hits,) = asked.search(QUERY_1D, 20, where={QUESTION: "q"}, words=["w17 w41"], weight=3.0)
+    assert hits[0].id == "p41"
+    assert {hit.id for hit in hits} == set(own)
+    assert asked.bm25 is hybrid.bm25
+
+
+# In the engine
+
+
+@pytest.fixture
+def known(tiny: CoSupModel, passages: list[Passage], tmp_path: Path) -> FaissIndex:
+    return build_index(passages, ModelEmbedder(tiny), tmp_path / "known")
+
+
+FIRST = Options(retrieve_first=True, max_retrievals=1, max_new_tokens=3)
+
+
+def test_the_words_of_the_question_and_not_of_the_instruction_are_looked_for(
+    tiny: CoSupModel, known: FaissIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_for: list[str] = []
+    scores = HybridIndex(known).bm25.scores
+    monkeypatch.setattr("cosup.index.bm25.BM25.scores", lambda self, text: looked_for.append(text) or scores(text))
+    t = tiny.template
+    chat = [
+        {"role": "user", "content": "Iron?"},
+        {"role": "assistant", "content": "Fe."},
+        {"role": "user", "content": "And gold?"},
+    ]
+    prompts = [t.prompt("Who governs Lima?", task="squad"), t.chat(chat)]
+    Engine(tiny, known).generate(prompts, options=replace(FIRST, hybrid=0.5))
+    assert [text.split() for text in looked_for] == [
+        ["Who", "governs", "Lima?"],
+        ["user:", "Iron?", "assistant:", "Fe.", "And", "gold?"],
+    ]
+
+
+def test_rows_with_and_without_words_search_beside_each_other(tiny: CoSupModel, known: FaissIndex) -> None:
+    engine, asked = Engine(tiny, known), "Which number has gold?"
+    plain, hybrid = engine.generate([asked] * 2, options=[FIRST, replace(FIRST, hybrid=9.0)])
+    assert hybrid.retrieved[0][0] in ("p4", "p10")
+    (alone,) = engine.generate([asked], options=FIRST)
+    assert plain.retrieved == alone.retrieved
+    assert plain.retrieved[0] != hybrid.retrieved[0]
+    vectors = dict(zip(hybrid.retrieved[0], known.vectors(hybrid.retrieved[0]), strict=True))
+    query_D = tiny.query([tiny.template.prompt(asked, task="")])[0]
+    expected = [float(vectors[id] @ query_D) for id in hybrid.retrieved[0]]
+    assert hybrid.scores[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_later_search_has_the_words_of_the_answer_too(tiny: CoSupModel) -> None:
+    from cosup.engine.row import Row
+
+    t = tiny.template
+    row = Row(0, t.prompt("Currency?", task=""), FIRST, template=t, limit=400)
+    assert row.words.split() == ["Currency?"]
+    row.read(len(row.unread))
+    hit = row.choose([Hit("p0", 1.0)])
+    assert hit is not None
+    row.insert(hit, Passage("p0", "Norway is governed from Oslo.", "Norway"))
+    for token in [*t.encode("Oslo"), t.ce]:
+        row.write(token)
+    assert row.words.split() == ["Currency?", "Oslo"], "what is written, and nothing of the passage"
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("{instruction}## Input:\n\n{question}## Output:\n\n", "Q?"),
+        ("{question}\n", "Q?"),
+        ("Question: {question}", "Q?"),
+        ("{instruction}{question}", "Answer the question.Q?"),
+        ("{question} {instruction}", "Q? Answer the question."),
+    ],
+)
+def test_the_question_is_read_out_of_a_prompt(tiny: CoSupModel, layout: str, expected: str) -> None:
+    settings = TemplateSettings(prompt=layout, default_instruction="Answer the question.")
+    template = Template(tiny.template.tokenizer, settings=settings)
+    assert template.asked(template.prompt("Q?", task="")).strip() == expected
+
+
+def test_an_evaluation_is_of_the_hybrid_search_forced_and_free(
+    tiny: CoSupModel, known: FaissIndex, questions: list[Question]
+) -> None:
+    evaluation = evaluate_model(tiny, known, questions, options=Options(max_new_tokens=3, hybrid=99.0))
+    bm25 = HybridIndex(known).bm25
+    for question, item in zip(questions, evaluation.items, strict=True):
+        scores_N = bm25.scores(question.question)
+        assert bm25.of(item["forced"][0], scores_N) == scores_N.max()
+
+
+def test_a_weight_below_zero_and_words_for_bm25_are_refused() -> None:
+    with pytest.raises(UserError, match="hybrid must be 0 or more, not -1"):
+        Options(hybrid=-1)
+    with pytest.raises(UserError, match="mode 'bm25' has none"):
+        RunSettings("bm25", options=Options(hybrid=0.1))
