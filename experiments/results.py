@@ -33,6 +33,8 @@ KEPT = ("*.json", "losses/*.json")
 DROPPED = ("model", "versions", "tasks", "created", "own_candidates")
 
 LOSSES = {"ntp": "L_NTP", "nsp": "L_NSP", "accuracy": "in-batch accuracy"}
+HYBRID = "released-hybrid-0"
+WORDS = "`--hybrid 0.2`"
 COMPARED = ("cosup", "separate")
 
 Kept = dict[str, Any]
@@ -306,11 +308,13 @@ def header(columns: list[str]) -> list[str]:
 def retrieval(kept: Kept) -> list[str]:
     """The table of what the released model retrieves."""
     run = kept["runs"]["released-0"]
+    hybrid = kept["runs"].get(HYBRID, {}).get("tasks", {})
     lines = [
         f"## cosup-smollm2-135m: retrieval among {run['index']['passages']:,} passages",
         "",
         f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. Forced: the state at a `[Ret]` right after the "
-        "question. Free: the model's own first retrieval, none of which counts as wrong. In brackets 95 % intervals.",
+        "question. Free: the model's own first retrieval, none of which counts as wrong. In brackets 95 % intervals."
+        + (f" The same state with {WORDS}: forced." if hybrid else ""),
         "",
         *header(
             [
@@ -319,6 +323,7 @@ def retrieval(kept: Kept) -> list[str]:
                 "success@1, forced",
                 "success@5",
                 "success@1, free",
+                *([WORDS] if hybrid else []),
                 "BM25, success@1",
                 "all-MiniLM-L6-v2",
             ]
@@ -332,6 +337,7 @@ def retrieval(kept: Kept) -> list[str]:
             with_interval(figures["forced_success@1"]),
             value(figures, "forced_success@5"),
             value(figures, "free_success@1"),
+            *([value(hybrid.get(task, {}), "forced_success@1")] if hybrid else []),
             value(figures, "bm25_success@1"),
             value(kept["baselines"].get(BASELINE, {}), task),
         ]
@@ -364,14 +370,15 @@ def answers(kept: Kept) -> list[str]:
 
 
 def ways(kept: Kept) -> list[str]:
-    """Correctness with its own retrieval beside BM25's, one retrieval before it writes, and none; and of statements."""
+    """Correctness with its own retrieval beside BM25's, one retrieval before it writes, and none; of other claims."""
     names = {"released-0": "where it asks", "released-static-0": "once, with the question"}
     names |= {"released-bm25-0": "once, by BM25", "released-none-0": "never"}
     names |= {"released-statements-0": "where it asks, `--statements`", "released-quoted-0": "with `--quote` too"}
+    names |= {HYBRID: f"where it asks, {WORDS}", "released-hybrid-statements-0": "with `--statements` too"}
     found = {name: kept["runs"][name]["tasks"] for name in names if name in kept["runs"]}
     if len(found) < 2:
         return []
-    lines = ["The same model with other retrieval, and with statements for claims; the share that is correct:", ""]
+    lines = ["The same model with other retrieval, or with statements for claims; the share that is correct:", ""]
     lines += header(["data set", *(names[name] for name in found)])
     for task, figures in found["released-0"].items():
         if name := correctness(task, figures):
@@ -388,22 +395,29 @@ def drawn(released: list[Kept]) -> str:
             tasks = by_gold(run)
             minilm = kept["baselines"].get(BASELINE, {})
             axes = plot.add_subplot(len(released), 1, place)
+            hybrid = kept["runs"].get(HYBRID, {}).get("tasks", {})
             bars = {
-                "cosup-smollm2-135m": [run["tasks"][task]["forced_success@1"]["value"] for task in tasks],
-                "BM25": [run["tasks"][task]["bm25_success@1"]["value"] for task in tasks],
-                "all-MiniLM-L6-v2": [minilm.get(task, {}).get("value", float("nan")) for task in tasks],
+                "cosup-smollm2-135m": successes(run["tasks"], tasks),
+                "the same, --hybrid 0.2": successes(hybrid, tasks),
+                "BM25": successes(run["tasks"], tasks, "bm25_success@1"),
+                "all-MiniLM-L6-v2": [minilm.get(task, {}).get("value", np.nan) for task in tasks],
             }
             for offset, (name, heights) in enumerate(bars.items()):
-                colour = ("#3b6fb6", "#9a9a9a", "#d1662f")[offset]
-                left = [row + 0.27 * (offset - 1) for row in range(len(tasks))]
-                axes.bar(left, heights, width=0.25, label=name, color=colour)
+                colour = ("#3b6fb6", "#1d3557", "#9a9a9a", "#d1662f")[offset]
+                left = [row + 0.21 * (offset - 1.5) for row in range(len(tasks))]
+                axes.bar(left, heights, width=0.19, label=name, color=colour)
             axes.set_xticks(range(len(tasks)), [title(task) for task in tasks])
             axes.set_ylim(0, 1)
             axes.set_ylabel("success@1")
             axes.set_title(f"{run['index']['passages']:,} passages", loc="left")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+            axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
         return as_svg(plot)
+
+
+def successes(figures: dict[str, Any], tasks: list[str], name: str = "forced_success@1") -> list[float]:
+    """A figure of data sets, not a number where it was not measured."""
+    return [figures.get(task, {}).get(name, {}).get("value", np.nan) for task in tasks]
 
 
 def as_svg(plot: Plot) -> str:

@@ -133,6 +133,12 @@ def test_an_empty_index_finds_nothing(index, hybrid):
     assert _search(hybrid, "w17") == []
 
 
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_a_weight_that_ranks_nothing_is_refused(hybrid, weight):
+    with pytest.raises(UserError, match="must be 0 or more"):
+        _search(hybrid, "w17", weight=weight)
+
+
 def test_it_is_wrapped_once(hybrid, index):
     assert HybridIndex.of(hybrid) is hybrid
     assert HybridIndex.of(index) is not index

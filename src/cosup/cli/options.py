@@ -30,7 +30,7 @@ StatementsOption = Annotated[
 ]
 HybridOption = Annotated[
     float,
-    typer.Option("--hybrid", min=0.0, help="What words in common with the question add, at most, to a score. Try 0.2."),
+    typer.Option("--hybrid", min=0.0, help="Rank by words in common with the question too, as BM25 does; try 0.2."),
 ]
 PassagesOption = Annotated[
     list[str],

@@ -1,10 +1,12 @@
 """Searching by the state and by words at once: the inner product, and something more for words in common."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from cosup.config import UserError
 from cosup.data import Passage
 from cosup.index.bm25 import BM25
 from cosup.index.lookup import meta_keys
@@ -58,7 +60,12 @@ class HybridIndex(WrappedIndex):
             where: values that `meta` must have.
             words: Q texts.
             weight: 0: the words make no difference, and BM25 is not asked.
+
+        Raises:
+            UserError: the weight is less than 0, or not finite.
         """
+        if not 0 <= weight < math.inf:
+            raise UserError(f"the weight of words must be 0 or more, not {weight!r}")
         if not weight or k < 1:
             return self._near(queries_QD, k, where)
         near = self._near(queries_QD, max(k, POOL), where)
