@@ -202,6 +202,24 @@ def test_words_are_searched_for_where_a_request_wants_it_in_what_was_just_added_
     assert events[0]["candidates"][0]["id"] == "new"
 
 
+def test_what_a_request_leaves_out_is_as_the_server_was_started(tiny: CoSupModel, engine: Engine) -> None:
+    options = Options(rows=2, hybrid=99.0, quote=True, retrieve_first=True, max_retrievals=1)
+    word = {"Norway": "p0 p1 p6 p7", "Seine": "p2 p8"}
+    with running(Engine(tiny, engine.index, options)) as address, client(address) as asking:
+        for text, ids in word.items():
+            message = {"role": "user", "content": text}
+            (cited,) = asking.chat.completions.create(model="cosup", messages=[message]).choices[0].message.annotations
+            assert cited.url_citation.passage_id in ids.split()
+        own = {"cosup": {"hybrid": 0, "events": True}}
+        stream = asking.chat.completions.create(model="cosup", messages=[message], stream=True, extra_body=own)
+        ranked = next(chunk.cosup for chunk in stream if getattr(chunk, "cosup", None))["candidates"]
+        with httpx.Client(base_url=address) as http:
+            (first, *_) = http.post("/v1/search", json={"query": "Seine"}).json()["data"]
+            plain = http.post("/v1/search", json={"query": "Seine", "hybrid": 0}).json()["data"]
+    assert first["id"] in word["Seine"].split()
+    assert [hit["id"] for hit in ranked] == [hit["id"] for hit in plain]
+
+
 BAD: list[tuple[str, bytes]] = [
     ("not json", b"{"),
     ("invalid utf-8", b'{"model": "\xff"}'),

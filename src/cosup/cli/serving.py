@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cosup.cli.options import DEFAULT_MODEL, ModelOption
+from cosup.cli.options import DEFAULT_MODEL, HybridOption, ModelOption, QuoteOption, StatementsOption
 from cosup.config import UserError
 
 app = typer.Typer(help="Serve an OpenAI-compatible API and a page to ask it.")
@@ -22,6 +22,9 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     keys: Annotated[Path | None, typer.Option(help="File of API keys; see `cosup serve keys add`.")] = None,
     name: Annotated[str, typer.Option(help="The model's name, as clients see it.")] = "cosup",
+    quote: QuoteOption = False,
+    statements: StatementsOption = False,
+    hybrid: HybridOption = 0.0,
     rows: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them.")] = 64,
     request_seconds: Annotated[float, typer.Option(help="Longest time for a request.")] = 300.0,
@@ -47,7 +50,8 @@ def serve(
     from cosup.model import CoSupModel
 
     limits = Limits(queue=queue, request_seconds=request_seconds)
-    engine = Engine(CoSupModel.load(model, dtype=dtype), open_index(index), Options(rows=rows))
+    options = Options(rows=rows, quote=quote, statements=statements, hybrid=hybrid)
+    engine = Engine(CoSupModel.load(model, dtype=dtype), open_index(index), options)
     print(f"serving {name} at http://{host}:{port}", flush=True)
     run_server(engine, host=host, port=port, name=name, keys_file=keys, limits=limits, origins=tuple(origin or ()))
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -67,7 +68,7 @@ def create_app(
     """The whole server as an ASGI application; its lifespan starts and ends the engine's thread.
 
     Args:
-        engine: its `rows` requests run at once.
+        engine: its `rows` requests run at once; its options hold for what the `cosup` object of a request leaves out.
         name: of the model, as clients see it.
         limits: see `Limits`.
         keys: None: no key is asked for, and only requests to this machine's own name are answered.
@@ -190,11 +191,12 @@ class _Server:
         self._check_lengths([body.query], self.limits.prompt_chars)
         model, index = self.engine.model, self.engine.index
         prompt = model.template.prompt(body.query, task=body.task)
+        weight = self.engine.options.hybrid if body.hybrid is None else body.hybrid
         if len(prompt) >= model.context:
             raise UserError(f"the query has {len(prompt):,} tokens, and the model reads at most {model.context:,}")
 
         def run() -> list[wire.FoundPassage]:
-            (hits,) = index.search(model.query([prompt]), body.top, words=[body.query], weight=body.hybrid)
+            (hits,) = index.search(model.query([prompt]), body.top, words=[body.query], weight=weight)
             found = index.get([hit.id for hit in hits])
             return [
                 wire.FoundPassage.model_construct(id=p.id, text=p.text, title=p.title, meta=p.meta, score=hit.score)
@@ -274,8 +276,9 @@ class _Server:
         if tokens > self.limits.new_tokens:
             raise UserError(f"max_tokens is {tokens:,}, and this server writes at most {self.limits.new_tokens:,}")
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-        extras = body.cosup.model_dump(exclude={"task", "events"})
-        return Options(
+        extras = body.cosup.model_dump(exclude={"task", "events"}, exclude_unset=True)
+        return replace(
+            self.engine.options,
             max_new_tokens=tokens,
             temperature=0.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,

@@ -35,6 +35,8 @@ def serve(
     """
     keys = check_address(host, keys_file)
     limits = limits or Limits()
+    if engine.options.hybrid:
+        _ = engine.index.bm25  # made now, so that no request waits for it
     logging.getLogger("cosup.serve").setLevel(logging.INFO)
     worker = Worker(engine, queue_size=limits.queue)
     app = create_app(engine, name=name, limits=limits, keys=keys, origins=origins, worker=worker)

@@ -49,7 +49,7 @@ class StreamOptions(_In):
 
 
 class Extras(BaseModel):
-    """What the OpenAI form has no field for; see `cosup.engine.Options`."""
+    """What the OpenAI form has no field for; see `cosup.engine.Options`. What is left out is as the server has it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -104,7 +104,7 @@ class SearchRequest(_In):
     query: Annotated[str, Field(min_length=1)]
     top: Annotated[int, Field(ge=1, le=100)] = 5
     task: str = ""
-    hybrid: Annotated[float, Field(ge=0), Finite] = 0.0
+    hybrid: Annotated[float, Field(ge=0), Finite] | None = None
 
 
 class PassageForm(BaseModel):
