@@ -12,7 +12,9 @@ and of batches of 16, k 10, two threads or --threads.
 
 Figures: `embed_vs_sentence_transformers`, passages per second, ours over theirs; `ann_speedup_at_recall95`, the time of
 flat over the time of the quickest approximate index with recall@10 of 0.95 or more, single queries, largest size;
-`overhead_vs_faiss`, our flat search over FAISS's own, less one, single queries, largest size but at most 100,000.
+`overhead_vs_faiss`, our flat search over FAISS's own, less one, single queries, largest size but at most 100,000;
+`hybrid_vs_flat`, a flat search by state and words over one by the state alone, single queries, largest size, where the
+words are the beginnings of passages, and `bm25_seconds`, what it takes to make BM25 before.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from report import report
 from cosup.data import Passage, read_passages
 from cosup.data.worldfacts import worldfacts
 from cosup.embedder import ModelEmbedder
-from cosup.index import FaissIndex, build_index
+from cosup.index import FaissIndex, HybridIndex, build_index
 from cosup.index.ann import recall_of
 from cosup.index.manifest import FileEntry, describe, write_manifest
 from cosup.index.segment import add_structure
@@ -199,6 +201,7 @@ def searching(
         return {}
     queries = noisy(real[:: max(len(real) // 256, 1)][:256], seed=1 << 40)
     exact, flat, figures = against_faiss(base, queries, size)
+    figures |= with_words(base, passages, queries, size)
     quickest = float("inf")
     for kind, dtype in chosen:
         index = base if (kind, dtype) == ("flat", "float32") else built(work, real, passages, size, kind, dtype)
@@ -231,6 +234,20 @@ def against_faiss(base: FaissIndex, queries: np.ndarray, size: int) -> tuple[np.
         "overhead_vs_faiss_batch16": times[1][1] / times[0][1] - 1,
     }
     return exact, times[0][0], figures
+
+
+def with_words(base: FaissIndex, passages: list[Passage], queries: np.ndarray, size: int) -> dict[str, float]:
+    hybrid = HybridIndex(base)
+    started = clock()
+    _ = hybrid.bm25
+    seconds = clock() - started
+    words = [" ".join(f"{p.title} {p.text}".split()[:12]) for p in passages[:16]]
+    both = lambda q: hybrid.search(q, K, words=words[: len(q)], weight=0.2)  # noqa: E731
+    alone, times = alternating(lambda q: base.search(q, K), both, queries=queries, rounds=3)
+    print(
+        f"  by state and words {milliseconds(times)}, by the state {milliseconds(alone)}; BM25 made in {seconds:.1f} s"
+    )
+    return {f"bm25_seconds_{size}": seconds, "bm25_seconds": seconds, "hybrid_vs_flat": times[0] / alone[0]}
 
 
 def built(work: Path, real: np.ndarray, passages: list[Passage], size: int, kind: str, dtype: Any) -> FaissIndex:

@@ -101,7 +101,7 @@ def test_the_index_benchmark_prints_every_figure_as_one_json_line(tiny_folder: P
     assert set(line) == {"benchmark", "figures", "config", "hardware", "versions"}
     figures = line["figures"]
     # a random model's vectors lie too close together for an approximate index to reach a recall of 0.95
-    assert {"embed_vs_sentence_transformers", "overhead_vs_faiss"} <= set(figures)
+    assert {"embed_vs_sentence_transformers", "overhead_vs_faiss", "hybrid_vs_flat", "bm25_seconds"} <= set(figures)
     assert "ivf-pq" in done.stdout
     assert figures["least_cosine_float32"] > 0.9999
     assert figures["least_cosine_bfloat16"] > 0.999

@@ -64,7 +64,7 @@ def _search(hybrid, words, *, k=5, weight=0.5, **options):
 def _expected(hybrid, words, weight, ids):
     """All passages, ranked as the docstring says."""
     shared = dict(zip([p.id for p in hybrid], hybrid.bm25.scores(words).tolist(), strict=True))
-    most = max(shared[id] for id in ids) or 1.0
+    most = max(shared.values()) or 1.0
     vectors_ND = hybrid.vectors(ids)
     near = dict(zip(ids, (vectors_ND @ QUERY_1D[0]).tolist(), strict=True))
     return sorted(ids, key=lambda id: -(near[id] + weight * shared[id] / most))

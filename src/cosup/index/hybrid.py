@@ -51,7 +51,7 @@ class HybridIndex(WrappedIndex):
         """The k best passages of each query. See `Index.search`.
 
         A passage is ranked by its inner product with the query and, besides, `weight` times its BM25 score over the
-        best BM25 score of this search: the one that shares most with the words gains `weight`, one that shares nothing
+        best BM25 score in the index: the one that shares most with the words gains `weight`, one that shares nothing
         gains nothing. Hits hold the inner product alone.
 
         Args:
@@ -70,7 +70,7 @@ class HybridIndex(WrappedIndex):
             return self._near(queries_QD, k, where)
         near = self._near(queries_QD, max(k, POOL), where)
         return [
-            self._ranked(query_D, hits, text, weight, where)[:k]
+            self._ranked(query_D, hits, text, k, weight, where)
             for query_D, hits, text in zip(queries_QD, near, words, strict=True)
         ]
 
@@ -79,15 +79,20 @@ class HybridIndex(WrappedIndex):
         return self._index.search(queries_QD, k, where=where)
 
     def _ranked(
-        self, query_D: Vectors, near: list[Hit], text: str, weight: float, where: Mapping[str, Any] | None
+        self, query_D: Vectors, near: list[Hit], text: str, k: int, weight: float, where: Mapping[str, Any] | None
     ) -> list[Hit]:
         scores_N = self.bm25.scores(text)
-        hits = {hit.id: hit for hit in near}
-        for id, vector_D in self._there([id for id in self.bm25.best(scores_N, POOL) if id not in hits], where):
-            hits[id] = Hit(id, float(np.dot(query_D, vector_D)))
-        shared = {id: self.bm25.of(id, scores_N) for id in hits}
-        most = max(shared.values(), default=0.0) or 1.0
-        return sorted(hits.values(), key=lambda hit: -(hit.score + weight * shared[hit.id] / most))
+        unit = weight / (float(scores_N.max(initial=0.0)) or 1.0)
+        ranked = {hit: hit.score + unit * self.bm25.of(hit.id, scores_N) for hit in near}
+        if len(near) >= max(k, POOL):  # else there are no others
+            # what is not near scores less than what is: most that share some words can't come so high
+            least, known = sorted(ranked.values())[-k] - near[-1].score, {hit.id for hit in near}
+            others = [id for id in self.bm25.best(scores_N, POOL) if id not in known]
+            others = [id for id in others if unit * self.bm25.of(id, scores_N) > least]
+            for id, vector_D in self._there(others, where):
+                score = float(np.dot(query_D, vector_D))
+                ranked[Hit(id, score)] = score + unit * self.bm25.of(id, scores_N)
+        return sorted(ranked, key=lambda hit: -ranked[hit])[:k]
 
     def _there(self, ids: list[str], where: Mapping[str, Any] | None) -> list[tuple[str, Vectors]]:
         """Those that have these values, with their vectors; without one that somebody removed since BM25 was made."""
