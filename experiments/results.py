@@ -411,7 +411,8 @@ def drawn(released: list[Kept]) -> str:
             axes.set_ylabel("success@1")
             axes.set_title(f"{run['index']['passages']:,} passages", loc="left")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+        if released:
+            plot.legend(*axes.get_legend_handles_labels(), frameon=False, ncols=4, loc="outside upper right")
         return as_svg(plot)
 
 
