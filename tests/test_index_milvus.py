@@ -6,7 +6,7 @@ from test_index import DIM, FakeEmbedder, _passages, _vector
 
 from cosup.config import UserError
 from cosup.data import Passage
-from cosup.index import Hit, build_collection, build_index, open_index
+from cosup.index import Hit, HybridIndex, build_collection, build_index, open_index
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -99,6 +99,18 @@ def test_every_index_finds_what_brute_force_finds(index, reference, least, where
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
         assert len(ours) >= least * len(_scores(expected))
         assert found == _sorted(found)
+
+
+def test_words_find_what_is_far_from_the_query_in_every_index(index):
+    hybrid, query_1D = HybridIndex(index), _vector("far from all of them")[None]
+
+    def found(**options):
+        return [hit.id for hit in hybrid.search(query_1D, 3, words=["title 512"], weight=3.0, **options)[0]]
+
+    assert found()[0] == found(where={"source": "a"})[0] == "p512"
+    assert "p512" not in found(where={"source": "b"})
+    index.remove(["p512"])
+    assert "p512" not in found()
 
 
 def test_every_index_gives_back_what_it_was_given(index, reference):
