@@ -1,12 +1,11 @@
 """Words beside the state: what a hybrid search finds, alone, in the engine and over the wire."""
 
-import zlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_index import FakeEmbedder, _vector
 
 from cosup.config import UserError
 from cosup.data import Passage, Question
@@ -17,24 +16,6 @@ from cosup.evaluate.retrieval import QUESTION, QuestionIndex
 from cosup.index import FaissIndex, Hit, HybridIndex, build_index
 from cosup.model import CoSupModel
 from cosup.template import Template, TemplateSettings
-
-DIM = 8
-
-
-class FakeEmbedder:
-    """Unit vectors that depend on the text alone."""
-
-    fingerprint = "fake"
-    dim = DIM
-
-    def embed_passages(self, passages: Sequence[Passage]) -> np.ndarray:
-        return np.stack([_vector(passage.text) for passage in passages])
-
-
-def _vector(text):
-    vector = np.random.default_rng(zlib.crc32(text.encode())).standard_normal(DIM)
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
-
 
 COUNT = 300
 QUERY_1D = _vector("what Gen thinks of")[None]

@@ -108,8 +108,13 @@ class Asker:
         if self._options.mode == "none" or not questions:
             return [None] * len(questions)
         queries_QD = self._model.query([self._prompt(question) for question in questions])
-        found = [
-            self._index.search(query_1D, DEPTH, where=self._where(q), words=[q.question], weight=self._options.hybrid)
-            for query_1D, q in zip(np.split(queries_QD, len(questions)), questions, strict=True)
-        ]
-        return [[hit.id for hit in hits] for (hits,) in found]
+        wheres = [self._where(question) for question in questions]
+        words, weight = [question.question for question in questions], self._options.hybrid
+        if all(where == wheres[0] for where in wheres):
+            found = self._index.search(queries_QD, DEPTH, where=wheres[0], words=words, weight=weight)
+        else:
+            found = [
+                self._index.search(query_1D, DEPTH, where=where, words=[text], weight=weight)[0]
+                for query_1D, where, text in zip(np.split(queries_QD, len(questions)), wheres, words, strict=True)
+            ]
+        return [[hit.id for hit in hits] for hits in found]
