@@ -69,6 +69,7 @@ AS_THEY_ARE = ("untrained", "released")
 ON_ALL_SETS = (*MAIN, *AS_THEY_ARE)  # with their first seed
 MINING = "hard-negatives"  # mines with the model of `cosup`
 ROWS = 64 if torch.cuda.is_available() else 16  # questions that are answered at once
+ALONE = Options(max_new_tokens=64, quote=False, statements=False, hybrid=0.0)  # what a model does by itself
 MODES: dict[str, tuple[Mode, ...]] = {
     "cosup": ("cosup", "static", "none"),
     "separate": ("cosup", "bm25"),
@@ -258,7 +259,7 @@ def judged(condition: str, seed: int, mode: Mode, data: Data, arguments: argpars
         index,
         read_tasks([str(path) for path in asked]),
         folder,
-        settings=RunSettings(mode, options=Options(max_new_tokens=64, rows=ROWS), name=name),
+        settings=RunSettings(mode, options=replace(ALONE, rows=ROWS), name=name),
         source=run,
         counter=lambda what, total, unit: terminal.counting(what, total, unit=unit),
     )

@@ -11,7 +11,7 @@ from test_step import two_processes, wrap
 from cosup.cli import app
 from cosup.config import Recipe, UserError, parse_recipe
 from cosup.data import Evidence, Example, Passage, write_records
-from cosup.model import CoSupModel
+from cosup.model import AnswerSettings, CoSupModel
 from cosup.train import export_model, start_model, train_recipe
 from cosup.train.checkpoints import load_trained, save_trained
 
@@ -124,3 +124,20 @@ def test_the_command_exports_a_run(tiny_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert weights(tmp_path / "out") == weights(tiny_folder)
     assert json.loads((tmp_path / "out" / "cosup.json").read_text())["fingerprint"]
+
+
+def test_the_command_says_how_a_model_answers_best(tiny_folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    def export(source: Path, out: str, *options: str) -> AnswerSettings:
+        result = CliRunner().invoke(app, ["export", str(source), "--out", str(tmp_path / out), *options])
+        assert result.exit_code == 0, result.output
+        return CoSupModel.load(tmp_path / out).settings.answers
+
+    first = export(tiny_folder, "first", "--statements", "--hybrid", "0.2")
+    assert first == AnswerSettings(statements=True, hybrid=0.2)
+    assert export(tmp_path / "first", "second", "--no-statements") == AnswerSettings(hybrid=0.2)
+    assert CoSupModel.load(tmp_path / "first").fingerprint == CoSupModel.load(tiny_folder).fingerprint
+    with pytest.raises(UserError, match="hybrid is nan"):
+        export_model(tiny_folder, tmp_path / "third", answers={"hybrid": float("nan")})
+    assert not (tmp_path / "third").exists()

@@ -1,5 +1,6 @@
 """Words beside the state: what a hybrid search finds, alone, in the engine and over the wire."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import pytest
 from test_index import FakeEmbedder, _vector
 
 from cosup.config import UserError
-from cosup.data import Passage, Question
+from cosup.data import Passage, Question, write_records
 from cosup.embedder import ModelEmbedder
 from cosup.engine import Engine, Options
-from cosup.evaluate import RunSettings, evaluate_model
+from cosup.evaluate import Evaluation, RunSettings, evaluate_model, evaluate_tasks, read_tasks
 from cosup.evaluate.retrieval import QUESTION, QuestionIndex
 from cosup.index import FaissIndex, Hit, HybridIndex, build_index
-from cosup.model import CoSupModel
+from cosup.model import AnswerSettings, CoSupModel
 from cosup.template import Template, TemplateSettings
 
 COUNT = 300
@@ -213,10 +214,15 @@ def test_an_evaluation_is_of_the_hybrid_search_forced_and_free(
     tiny: CoSupModel, known: FaissIndex, questions: list[Question]
 ) -> None:
     evaluation = evaluate_model(tiny, known, questions, options=Options(max_new_tokens=3, hybrid=99.0))
-    bm25 = HybridIndex(known).bm25
-    for question, item in zip(questions, evaluation.items, strict=True):
-        scores_N = bm25.scores(question.question)
-        assert bm25.of(item["forced"][0], scores_N) == scores_N.max()
+    assert _found_by_words(known, questions, evaluation)
+
+
+def _found_by_words(index: FaissIndex, questions: list[Question], evaluation: Evaluation) -> bool:
+    """Whether each question's forced retrieval found one of those that BM25 has first."""
+    bm25 = HybridIndex(index).bm25
+    scores = [bm25.scores(question.question) for question in questions]
+    first = [item["forced"][0] for item in evaluation.items]
+    return all(bm25.of(id, scores_N) == scores_N.max() for id, scores_N in zip(first, scores, strict=True))
 
 
 def test_a_weight_below_zero_and_words_for_bm25_are_refused() -> None:
@@ -224,3 +230,24 @@ def test_a_weight_below_zero_and_words_for_bm25_are_refused() -> None:
         Options(hybrid=-1)
     with pytest.raises(UserError, match="mode 'bm25' has none"):
         RunSettings("bm25", options=Options(hybrid=0.1))
+
+
+def test_a_model_that_comes_with_a_weight_searches_by_words_unless_told_otherwise(
+    tiny: CoSupModel, known: FaissIndex, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny.settings
+    (alone,) = Engine(tiny, known).generate(["Which number has gold?"], options=FIRST)
+    monkeypatch.setattr(tiny, "settings", plain.model_copy(update={"answers": AnswerSettings(hybrid=99.0)}))
+    engine = Engine(tiny, known)
+    worded, told = engine.generate(["Which number has gold?"] * 2, options=[FIRST, replace(FIRST, hybrid=0.0)])
+    assert engine.options.hybrid == 99.0
+    assert worded.retrieved[0][0] in ("p4", "p10")
+    assert told.retrieved == alone.retrieved
+    write_records(tmp_path / "some.jsonl", questions)
+    for mode, weight in {"cosup": 99.0, "bm25": 0.0}.items():
+        settings = RunSettings(mode, options=Options(max_new_tokens=3))  # type: ignore[arg-type]
+        found = evaluate_tasks(
+            tiny, known, read_tasks([str(tmp_path / "some.jsonl")]), tmp_path / mode, settings=settings
+        )
+        assert json.loads((tmp_path / mode / "run.json").read_text())["options"]["hybrid"] == weight
+        assert _found_by_words(known, questions, found["some"])

@@ -5,6 +5,7 @@ import pytest
 
 from cosup.config import UserError
 from cosup.engine import Options
+from cosup.model import AnswerSettings
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,10 @@ def test_modes_say_when_and_how_often_is_retrieved() -> None:
 def test_a_search_is_deep_enough_for_a_passage_that_was_not_inserted_before() -> None:
     assert Options(candidates=2, max_retrievals=6).depth == 6
     assert Options(candidates=8, max_retrievals=6).depth == 8
+
+
+def test_a_model_s_own_choices_stand_where_a_request_makes_none() -> None:
+    own = AnswerSettings(statements=True, hybrid=0.2)
+    settled = Options(quote=True, hybrid=0.0).settled(own)
+    assert (settled.quote, settled.statements, settled.hybrid) == (True, True, 0.0)
+    assert Options(rows=3).settled(own) == Options(rows=3, quote=False, statements=True, hybrid=0.2)

@@ -18,7 +18,8 @@ from cosup.train import train_recipe
 QUESTIONS = 200
 """How many questions of the test split the two evaluations ask; the same ones, the first of the file."""
 
-OPTIONS = Options(max_new_tokens=32)
+OPTIONS = Options(max_new_tokens=32, quote=False, statements=False, hybrid=0.0)
+"""By the model alone, whatever the one that it starts from comes with: what training did is to be seen."""
 
 Counter = Callable[[str, int, str], Any]
 """Called with what is counted, how many there will be and their unit; a context manager that gives an `on_progress`."""

@@ -33,9 +33,9 @@ def evaluate(
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions of each.")] = None,
     max_new_tokens: NewTokensOption = 64,
-    quote: QuoteOption = False,
-    statements: StatementsOption = False,
-    hybrid: HybridOption = 0.0,
+    quote: QuoteOption = None,
+    statements: StatementsOption = None,
+    hybrid: HybridOption = None,
     nli: Annotated[str, typer.Option(help="An NLI model, for citation recall and precision; not run without.")] = "",
     mauve: Annotated[str, typer.Option(help="A causal LM, for MAUVE; not run without.")] = "",
     name: Annotated[

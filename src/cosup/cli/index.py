@@ -165,7 +165,7 @@ def search(
     model: ModelOption = DEFAULT_MODEL,
     k: Annotated[int, typer.Option("--top", "-k", min=1, help="How many passages.")] = 5,
     task: TaskOption = "",
-    hybrid: HybridOption = 0.0,
+    hybrid: HybridOption = None,
     where: Annotated[
         list[str] | None, typer.Option(help="Only passages whose meta has this value: key=value; may be repeated.")
     ] = None,
@@ -180,7 +180,8 @@ def search(
     check_index(loaded, opened)
     conditions = _conditions(where or [])
     query_1D = loaded.query([loaded.template.prompt(query, task=task)])
-    (hits,) = opened.search(query_1D, k, where=conditions, words=[query], weight=hybrid)
+    weight = loaded.settings.answers.hybrid if hybrid is None else hybrid
+    (hits,) = opened.search(query_1D, k, where=conditions, words=[query], weight=weight)
     terminal.show_hits(hits, opened.get([hit.id for hit in hits]), query=query)
     if not hits:
         terminal.err.print("[dim](no passage was found)[/]")

@@ -23,14 +23,31 @@ IndexOption = Annotated[
 ]
 TaskOption = Annotated[str, typer.Option("--task", help="Which task's instruction the question is given.")]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens that the model may choose.")]
-QuoteOption = Annotated[bool, typer.Option("--quote", help="Let each claim be a piece of its passage, word for word.")]
+_AS_THE_MODEL = "as the model has it"
+QuoteOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--quote/--no-quote",
+        help="Let each claim be a piece of its passage, word for word.",
+        show_default=_AS_THE_MODEL,
+    ),
+]
 StatementsOption = Annotated[
-    bool,
-    typer.Option("--statements", help="Show a claim as its passage states it: the sentence, or 20 words around it."),
+    bool | None,
+    typer.Option(
+        "--statements/--no-statements",
+        help="Show a claim as its passage states it: the sentence, or 20 words around it.",
+        show_default=_AS_THE_MODEL,
+    ),
 ]
 HybridOption = Annotated[
-    float,
-    typer.Option("--hybrid", min=0.0, help="Rank by words in common with the question too, as BM25 does; try 0.2."),
+    float | None,
+    typer.Option(
+        "--hybrid",
+        min=0.0,
+        help="Rank by words in common with the question too, as BM25 does; try 0.2. 0: by the model's state alone.",
+        show_default=_AS_THE_MODEL,
+    ),
 ]
 PassagesOption = Annotated[
     list[str],
@@ -54,9 +71,9 @@ def _writing(
     forget_passages: Annotated[
         bool, typer.Option("--forget-passages", help="Take each passage out of the context when its claim is closed.")
     ] = False,
-    quote: QuoteOption = False,
-    statements: StatementsOption = False,
-    hybrid: HybridOption = 0.0,
+    quote: QuoteOption = None,
+    statements: StatementsOption = None,
+    hybrid: HybridOption = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")] = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", help="Sample from the likeliest tokens up to this probability.")

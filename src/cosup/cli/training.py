@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from cosup.cli.options import HybridOption, QuoteOption, StatementsOption
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
@@ -40,11 +42,19 @@ def export(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the weights; auto leaves them as they are.")
     ] = "auto",
+    quote: QuoteOption = None,
+    statements: StatementsOption = None,
+    hybrid: HybridOption = None,
 ) -> None:
-    """Turn a checkpoint, or a run, into a model folder of plain Hugging Face folders."""
+    """Turn a checkpoint, or a run, into a model folder of plain Hugging Face folders.
+
+    --quote, --statements and --hybrid are how it will answer where a request says nothing else.
+    """
     from cosup.train import export_model
 
-    export_model(source, out, merge=merge, dtype=dtype)
+    chosen = {"quote": quote, "statements": statements, "hybrid": hybrid}
+    answers = {name: value for name, value in chosen.items() if value is not None}
+    export_model(source, out, merge=merge, dtype=dtype, answers=answers)
     print(f"saved: {out}")
 
 

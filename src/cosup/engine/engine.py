@@ -19,7 +19,7 @@ class Engine:
     Args:
         model: in evaluation mode; an engine made before its weights change may go on with those that it had.
         index: built by this model.
-        options: see `Options`.
+        options: see `Options`; those that the model comes with where it says None.
 
     Raises:
         UserError: the index was built by another model.
@@ -27,7 +27,8 @@ class Engine:
 
     def __init__(self, model: CoSupModel, index: Index, options: Options | None = None):
         check_index(model, index)
-        self.model, self.index, self.options = model, HybridIndex.of(index), options or Options()
+        self.model, self.index = model, HybridIndex.of(index)
+        self.options = (options or Options()).settled(model.settings.answers)
         self._gen = Gen.of(model)
 
     def generate(

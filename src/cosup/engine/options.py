@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
 
 from cosup.config import UserError
+from cosup.model import AnswerSettings
 
 Mode = Literal["cosup", "static", "none"]
 
@@ -25,6 +26,7 @@ class Options:
         quote: whether a claim is a piece of its passage, word for word. Not for answers that judge, as true or false.
         statements: whether a claim that stands in its passage becomes what the passage states: the sentence around it,
             or whole clauses of it up to 20 words. Claims are then reported when they are closed.
+            For this one, `quote` and `hybrid`, None is the model's own choice; see `AnswerSettings`.
         hybrid: what words count in a search: of the passages that it considers, the one with the best BM25 score for
             the question and the answer so far gains this much, others in proportion. 0: the state alone searches. The
             scores that are reported, and those that `min_score` is held against, are the state's in any case.
@@ -49,9 +51,9 @@ class Options:
     min_score: float | None = None
     retrieve_first: bool = False
     forget_passages: bool = False
-    quote: bool = False
-    statements: bool = False
-    hybrid: float = 0.0
+    quote: bool | None = None
+    statements: bool | None = None
+    hybrid: float | None = None
     mode: Mode = "cosup"
     candidates: int = 5
     where: Mapping[str, Any] | None = None
@@ -74,7 +76,7 @@ class Options:
         ):
             _refuse(getattr(self, name) < least, name, getattr(self, name), f"at least {least}")
         _refuse(not 0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
-        _refuse(not 0 <= self.hybrid < math.inf, "hybrid", self.hybrid, "0 or more")
+        _refuse(not 0 <= (self.hybrid or 0.0) < math.inf, "hybrid", self.hybrid, "0 or more")
         _refuse(not 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _refuse(self.mode not in get_args(Mode), "mode", self.mode, f"one of {', '.join(get_args(Mode))}")
         _refuse(isinstance(self.stop, str) or "" in self.stop, "stop", self.stop, "a sequence of strings, none empty")
@@ -83,6 +85,11 @@ class Options:
                 f"retrieve_first asks for a retrieval, and mode {self.mode!r} with max_retrievals "
                 f"{self.max_retrievals} allows none; change one of them"
             )
+
+    def settled(self, answers: AnswerSettings) -> Self:
+        """These, with a model's own choices in the place of None."""
+        chosen = {name: value for name, value in answers.model_dump().items() if getattr(self, name) is None}
+        return replace(self, **chosen)
 
     @property
     def retrieves_first(self) -> bool:

@@ -195,7 +195,7 @@ class Row:
     @property
     def _withholds(self) -> bool:
         """Whether what Gen writes now is reported only when its claim is closed."""
-        return self.options.statements and self._parser.state == "claim"
+        return bool(self.options.statements) and self._parser.state == "claim"
 
     def _state_claim(self, *, final: bool = False) -> None:
         """Puts what the passage states in the place of what Gen has chosen of it, if it fits the context."""

@@ -106,7 +106,7 @@ class Session:
                 "answer included: shorten the prompt"
             )
         number = next(self._numbers)
-        self._waiting[number] = ids, options or self._options
+        self._waiting[number] = ids, (options or self._options).settled(self._model.settings.answers)
         return number
 
     def cancel(self, request: int) -> None:
@@ -233,7 +233,8 @@ class Session:
     def _search(self, queries_QD: Any, words: list[str], like: Options) -> list[list[Hit] | Exception]:
         """The hits of each query, or the error that it met, alone."""
         try:
-            return list(self._index.search(queries_QD, like.depth, where=like.where, words=words, weight=like.hybrid))
+            weight = like.hybrid or 0.0
+            return list(self._index.search(queries_QD, like.depth, where=like.where, words=words, weight=weight))
         except Exception as e:
             if len(queries_QD) == 1:
                 return [e]

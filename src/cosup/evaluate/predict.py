@@ -44,7 +44,7 @@ class Asker:
         bm25: bool = False,
         own: dict[str, list[str]] | None = None,
     ):
-        options = options or Options()
+        options = (options or Options()).settled(model.settings.answers)
         self._options = replace(options, candidates=max(DEPTH, options.candidates))
         if bm25:
             self._options = replace(self._options, mode="static")
@@ -109,7 +109,7 @@ class Asker:
             return [None] * len(questions)
         queries_QD = self._model.query([self._prompt(question) for question in questions])
         wheres = [self._where(question) for question in questions]
-        words, weight = [question.question for question in questions], self._options.hybrid
+        words, weight = [question.question for question in questions], self._options.hybrid or 0.0
         if all(where == wheres[0] for where in wheres):
             found = self._index.search(queries_QD, DEPTH, where=wheres[0], words=words, weight=weight)
         else:

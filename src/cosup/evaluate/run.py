@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import yaml
@@ -34,7 +34,7 @@ from cosup.evaluate.retrieval import own_candidates
 from cosup.evaluate.tasks import Task
 from cosup.files import atomic_file, sha256
 from cosup.index import HybridIndex, Index
-from cosup.model import CoSupModel
+from cosup.model import AnswerSettings, CoSupModel
 
 FORMAT_VERSION = 1
 _SHOWN = 3  # passages of a retrieval that a report shows the text of
@@ -67,6 +67,11 @@ class RunSettings:
         if self.mode == "bm25" and self.options.hybrid:
             raise UserError("hybrid gives words a part in the model's search, and mode 'bm25' has none; leave one out")
 
+    def settled(self, model: CoSupModel) -> Self:
+        """These, with the model's own choices where there are none; words are all that BM25 searches by."""
+        options = replace(self.options, hybrid=0.0) if self.mode == "bm25" else self.options
+        return replace(self, options=options.settled(model.settings.answers))
+
 
 def evaluate_tasks(
     model: CoSupModel,
@@ -98,7 +103,7 @@ def evaluate_tasks(
         UserError: `out` holds a run of another model, index, mode or data set, or anything else; a gold passage or a
             candidate is not in the index.
     """
-    settings = settings or RunSettings()
+    settings = (settings or RunSettings()).settled(model)
     check_index(model, index)  # before a folder is begun that would be another run's
     for task in tasks:
         refuse_unknown_gold(task.questions, index)
@@ -292,7 +297,8 @@ def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
         found: dict[str, Any] = {"tasks": {}}
     else:
         found = json.loads(path.read_text("utf-8"))
-        found["options"] = {**asdict(Options()), **found["options"]}  # what was no option yet was as it is by default
+        by_default = asdict(Options().settled(AnswerSettings()))  # as what was no option yet was
+        found["options"] = {**by_default, **found["options"]}
         _refuse_other(out, found, wanted)
     settings = {**wanted, "tasks": found["tasks"] | wanted["tasks"], "training": _training(source)}
     settings["created"] = found.get("created") or datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +27,22 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 
+class AnswerSettings(BaseModel):
+    """How answers of a model are best written, as its author found; see `cosup.engine.Options`.
+
+    Args:
+        quote: whether claims are words of their passage.
+        statements: whether claims become what their passage states.
+        hybrid: what words count in a search, 0 or more.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quote: bool = False
+    statements: bool = False
+    hybrid: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
 class ModelSettings(BaseModel):
     """What `cosup.json` of a model folder says besides the weights.
 
@@ -40,6 +56,7 @@ class ModelSettings(BaseModel):
         emb_layers: how many of its base's layers an adapted Emb_seq keeps.
         retriever: whether Emb_seq encodes the queries too, apart from Gen.
         template: the layout of text.
+        answers: what holds where a request says nothing else.
         fingerprint: of all that a passage's vector depends on.
     """
 
@@ -53,6 +70,7 @@ class ModelSettings(BaseModel):
     emb_layers: int | None = None
     retriever: bool = False
     template: TemplateSettings = TemplateSettings()
+    answers: AnswerSettings = AnswerSettings()
     fingerprint: str = ""
 
     @classmethod
@@ -160,7 +178,25 @@ def retype(folder: Path, dtype: torch.dtype) -> None:
 def renew_fingerprint(folder: Path) -> None:
     """Writes into a model folder what its Emb_seq is known by, after a change of its weights."""
     settings = read_settings(folder)
-    settings = settings.model_copy(update={"fingerprint": _fingerprint(folder, settings)})
+    _rewrite(folder, settings.model_copy(update={"fingerprint": _fingerprint(folder, settings)}))
+
+
+def set_answers(folder: Path, answers: Mapping[str, Any]) -> None:
+    """Writes into a model folder how its answers are best written: some fields of `AnswerSettings`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    settings = read_settings(folder)
+    try:
+        wanted = AnswerSettings.model_validate(settings.answers.model_dump() | dict(answers))
+    except ValidationError as e:
+        told = e.errors()[0]
+        raise UserError(f"{'.'.join(map(str, told['loc']))} is {told['input']!r}: {told['msg']}") from None
+    _rewrite(folder, settings.model_copy(update={"answers": wanted}))
+
+
+def _rewrite(folder: Path, settings: ModelSettings) -> None:
     (folder / "cosup.json").write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 

@@ -191,7 +191,7 @@ class _Server:
         self._check_lengths([body.query], self.limits.prompt_chars)
         model, index = self.engine.model, self.engine.index
         prompt = model.template.prompt(body.query, task=body.task)
-        weight = self.engine.options.hybrid if body.hybrid is None else body.hybrid
+        weight = (self.engine.options.hybrid or 0.0) if body.hybrid is None else body.hybrid
         if len(prompt) >= model.context:
             raise UserError(f"the query has {len(prompt):,} tokens, and the model reads at most {model.context:,}")
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -10,12 +12,19 @@ from safetensors import safe_open
 from cosup.config import UserError, load_recipe
 from cosup.files import atomic_folder
 from cosup.model import CoSupModel, Dtype, compute_dtype, find_model
-from cosup.model.folders import retype
+from cosup.model.folders import retype, set_answers
 from cosup.train.checkpoints import load_trained, weights_in
 from cosup.train.run import model_card, start_model
 
 
-def export_model(source: Path, out: Path, *, merge: bool = False, dtype: Dtype = "auto") -> None:
+def export_model(
+    source: Path,
+    out: Path,
+    *,
+    merge: bool = False,
+    dtype: Dtype = "auto",
+    answers: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a model folder, which everything else of cosup opens, and whose `gen/` and `emb/` are Hugging Face's.
 
     Args:
@@ -23,14 +32,18 @@ def export_model(source: Path, out: Path, *, merge: bool = False, dtype: Dtype =
         out: the model folder to write; one that is there is replaced.
         merge: whether adapters are merged into full weights; without, they stay adapters on the base that they name.
         dtype: of the weights; `auto` leaves them as they are.
+        answers: how its answers are best written, some fields of `AnswerSettings`; others stay as they are.
 
     Raises:
-        UserError: there is nothing of the kind at `source`, it is damaged, or `out` is not ours to replace.
+        UserError: there is nothing of the kind at `source`, it is damaged, `out` is not ours to replace, or a value is
+            out of range.
     """
     with atomic_folder(out, marker="cosup.json") as new:
         _export(source, out, new, merge=merge)
         if dtype != "auto":
             retype(new, compute_dtype(dtype, "cpu"))
+        if answers:
+            set_answers(new, answers)
 
 
 def _export(source: Path, out: Path, new: Path, *, merge: bool) -> None:
