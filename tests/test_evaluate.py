@@ -428,7 +428,7 @@ def test_bm25_reads_the_corpus_once_for_all_data_sets(
             built.append(len(passages))
             super().__init__(passages)
 
-    monkeypatch.setattr("cosup.index.hybrid.BM25", Counting)
+    monkeypatch.setattr("cosup.index.kept.BM25", Counting)
     tasks = [Task(name, tmp_path / name, [Question(name, name, "river?", ["Oder"], ["p0"])]) for name in ("a", "b")]
     for task in tasks:
         task.path.write_text("{}")

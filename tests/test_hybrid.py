@@ -14,7 +14,8 @@ from cosup.embedder import ModelEmbedder
 from cosup.engine import Engine, Options
 from cosup.evaluate import Evaluation, RunSettings, evaluate_model, evaluate_tasks, read_tasks
 from cosup.evaluate.retrieval import QUESTION, QuestionIndex
-from cosup.index import FaissIndex, Hit, HybridIndex, build_index
+from cosup.files import cache_folder
+from cosup.index import BM25, FaissIndex, Hit, HybridIndex, build_index
 from cosup.model import AnswerSettings, CoSupModel
 from cosup.template import Template, TemplateSettings
 
@@ -251,3 +252,64 @@ def test_a_model_that_comes_with_a_weight_searches_by_words_unless_told_otherwis
         )
         assert json.loads((tmp_path / mode / "run.json").read_text())["options"]["hybrid"] == weight
         assert _found_by_words(known, questions, found["some"])
+
+
+# Kept between processes
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """The sizes of the corpora that BM25 was made of, where folders of 100 passages are worth keeping it."""
+    sizes: list[int] = []
+
+    class Counting(BM25):
+        def __init__(self, passages: list[Passage]):
+            sizes.extend([len(passages)] if passages else [])
+            super().__init__(passages)
+
+    monkeypatch.setattr("cosup.index.kept.BM25", Counting)
+    monkeypatch.setattr("cosup.index.kept.WORTH_KEEPING", 100)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return sizes
+
+
+def test_bm25_of_a_large_folder_is_made_once_for_each_of_its_states(index: FaissIndex, made: list[int]) -> None:
+    first = _search(HybridIndex(index), "w17 v3")
+    assert _search(HybridIndex(FaissIndex(index.folder)), "w17 v3") == first
+    assert made == [COUNT]
+    hybrid = HybridIndex(index)
+    new = Passage("new", "okapi " * 9)
+    hybrid.add([new], FakeEmbedder().embed_passages([new]))
+    assert _search(hybrid, "okapi", weight=9.0)[0].id == "new"
+    assert _search(HybridIndex(FaissIndex(index.folder)), "okapi", weight=9.0)[0].id == "new"
+    assert made == [COUNT, COUNT + 1]
+    hybrid.remove(["new"])
+    assert "new" not in [hit.id for hit in _search(HybridIndex(FaissIndex(index.folder)), "okapi", weight=9.0)]
+    assert made == [COUNT, COUNT + 1, COUNT]
+
+
+@pytest.mark.parametrize("name", ["kept.json", "ids.json", "vocab.index.json", "data.csc.index.npy"])
+def test_a_damaged_copy_is_made_anew(index: FaissIndex, made: list[int], name: str) -> None:
+    first = _search(HybridIndex(index), "w17 v3")
+    (file,) = (cache_folder() / "bm25").glob(f"*/{name}")
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    for expected in ([COUNT] * 2, [COUNT] * 2):
+        assert _search(HybridIndex(index), "w17 v3") == first
+        assert made == expected
+
+
+def test_without_a_place_to_keep_it_or_a_word_in_the_corpus_it_is_made_each_time(
+    made: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = [Passage(f"s{n}", "?" * (n + 1)) for n in range(120)]
+    wordless = build_index(silent, FakeEmbedder(), tmp_path / "wordless")
+    assert len(_search(HybridIndex(wordless), "w17")) == 5
+    assert not list((cache_folder() / "bm25").iterdir())
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    index = build_index(_passages(range(COUNT)), FakeEmbedder(), tmp_path / "again")
+    for _ in range(2):
+        assert _search(HybridIndex(index), "w17 v3", weight=9.0)[0].id == "p17"
+    assert made == [120, COUNT, COUNT]

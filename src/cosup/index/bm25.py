@@ -1,9 +1,12 @@
 """BM25 over the same passages: the baseline beside the model, and the words' part in a hybrid search."""
 
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -29,6 +32,9 @@ with _hidden("jax"):  # where it is installed, bm25s would start it, and it take
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG for itself
 
 
+_IDS = "ids.json"
+
+
 class BM25:
     """Okapi BM25 over title and text, lower-cased, English stop words left out.
 
@@ -40,13 +46,30 @@ class BM25:
     """
 
     def __init__(self, passages: Sequence[Passage]):
-        self._ids = [passage.id for passage in passages]
-        self._rows = {id: row for row, id in enumerate(self._ids)}
-        self._retriever = bm25s.BM25()
         tokens = _tokens([f"{p.title} {p.text}" for p in passages])
+        self._retriever = bm25s.BM25()
         self._empty = not tokens.vocab or not any(tokens.ids)
         if not self._empty:
             self._retriever.index(tokens, show_progress=False)
+        self._name([passage.id for passage in passages])
+
+    def _name(self, ids: list[str]) -> None:
+        self._ids, self._rows = ids, {id: row for row, id in enumerate(ids)}
+
+    def save(self, folder: Path) -> None:
+        """Writes it into a folder that is there: arrays and JSON. Raises ValueError if the corpus has no word."""
+        if self._empty:
+            raise ValueError("there is no word to save")
+        self._retriever.save(folder, show_progress=False, raise_on_serialization_error=True)
+        (folder / _IDS).write_text(json.dumps(self._ids), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """What `save` wrote."""
+        found = cls([])
+        found._retriever, found._empty = bm25s.BM25.load(folder, show_progress=False), False
+        found._name(json.loads((folder / _IDS).read_text("utf-8")))
+        return found
 
     def search(self, queries: Sequence[str], k: int) -> list[list[str]]:
         """Ids of the k best passages of each query, best first; none that shares no word with it."""

@@ -9,6 +9,7 @@ import numpy as np
 from cosup.config import UserError
 from cosup.data import Passage
 from cosup.index.bm25 import BM25
+from cosup.index.kept import bm25_of
 from cosup.index.lookup import meta_keys
 from cosup.index.protocol import Hit, Index, Vectors, WrappedIndex
 
@@ -34,9 +35,9 @@ class HybridIndex(WrappedIndex):
 
     @property
     def bm25(self) -> BM25:
-        """BM25 over all passages, in memory: made when it is first asked for, and anew after a change made here."""
+        """BM25 over all passages, in memory: from when it is first asked for, and anew after a change made here."""
         if self._bm25 is None:
-            self._bm25 = BM25(list(self))
+            self._bm25 = bm25_of(self._index)
         return self._bm25
 
     def search(
