@@ -33,8 +33,11 @@ KEPT = ("*.json", "losses/*.json")
 DROPPED = ("model", "versions", "tasks", "created", "own_candidates")
 
 LOSSES = {"ntp": "L_NTP", "nsp": "L_NSP", "accuracy": "in-batch accuracy"}
-HYBRID = "released-hybrid-0"
-WORDS = "`--hybrid 0.2`"
+COMES = "released-as-it-comes-0"
+TOLD = {
+    COMES: "as it comes, with words beside the state and claims as their passages state them",
+    "released-0": "by itself, `--hybrid 0 --no-statements`",
+}
 COMPARED = ("cosup", "separate")
 
 Kept = dict[str, Any]
@@ -308,13 +311,13 @@ def header(columns: list[str]) -> list[str]:
 def retrieval(kept: Kept) -> list[str]:
     """The table of what the released model retrieves."""
     run = kept["runs"]["released-0"]
-    hybrid = kept["runs"].get(HYBRID, {}).get("tasks", {})
+    comes = kept["runs"].get(COMES, {}).get("tasks", {})
     lines = [
         f"## cosup-smollm2-135m: retrieval among {run['index']['passages']:,} passages",
         "",
         f"{kept['hardware']}, {kept['date']}, `{kept['command']}`. Forced: the state at a `[Ret]` right after the "
         "question. Free: the model's own first retrieval, none of which counts as wrong. In brackets 95 % intervals."
-        + (f" The same state with {WORDS}: forced." if hybrid else ""),
+        + (" As it comes: with words beside the state (`--hybrid 0.2`), forced." if comes else ""),
         "",
         *header(
             [
@@ -323,7 +326,7 @@ def retrieval(kept: Kept) -> list[str]:
                 "success@1, forced",
                 "success@5",
                 "success@1, free",
-                *([WORDS] if hybrid else []),
+                *(["as it comes"] if comes else []),
                 "BM25, success@1",
                 "all-MiniLM-L6-v2",
             ]
@@ -337,7 +340,7 @@ def retrieval(kept: Kept) -> list[str]:
             with_interval(figures["forced_success@1"]),
             value(figures, "forced_success@5"),
             value(figures, "free_success@1"),
-            *([value(hybrid.get(task, {}), "forced_success@1")] if hybrid else []),
+            *([value(comes.get(task, {}), "forced_success@1")] if comes else []),
             value(figures, "bm25_success@1"),
             value(kept["baselines"].get(BASELINE, {}), task),
         ]
@@ -346,10 +349,15 @@ def retrieval(kept: Kept) -> list[str]:
 
 
 def answers(kept: Kept) -> list[str]:
-    """The table of what it answers."""
-    run = kept["runs"]["released-0"]
+    """The tables of what it answers."""
+    found = [(kept["runs"][name], told) for name, told in TOLD.items() if name in kept["runs"]]
+    return [line for run, told in found for line in answers_of(run, told)]
+
+
+def answers_of(run: Kept, told: str) -> list[str]:
+    """The table of what it answers in one way."""
     lines = [
-        f"Its answers, at most {run['options']['max_new_tokens']} tokens that it chooses itself:",
+        f"Its answers {told}, at most {run['options']['max_new_tokens']} tokens that it chooses itself:",
         "",
         "| data set | n | correct | which is | well formed | cite | median claim, words |",
         "|---|--:|--:|---|--:|--:|--:|",
@@ -373,8 +381,7 @@ def ways(kept: Kept) -> list[str]:
     """Correctness with its own retrieval beside BM25's, one retrieval before it writes, and none; of other claims."""
     names = {"released-0": "where it asks", "released-static-0": "once, with the question"}
     names |= {"released-bm25-0": "once, by BM25", "released-none-0": "never"}
-    names |= {"released-statements-0": "where it asks, `--statements`", "released-quoted-0": "with `--quote` too"}
-    names |= {HYBRID: f"where it asks, {WORDS}", "released-hybrid-statements-0": "with `--statements` too"}
+    names |= {"released-hybrid-0": "where it asks, `--hybrid 0.2`", COMES: "as it comes: that and `--statements`"}
     found = {name: kept["runs"][name]["tasks"] for name in names if name in kept["runs"]}
     if len(found) < 2:
         return []
@@ -395,15 +402,15 @@ def drawn(released: list[Kept]) -> str:
             tasks = by_gold(run)
             minilm = kept["baselines"].get(BASELINE, {})
             axes = plot.add_subplot(len(released), 1, place)
-            hybrid = kept["runs"].get(HYBRID, {}).get("tasks", {})
+            comes = kept["runs"].get(COMES, {}).get("tasks", {})
             bars = {
-                "cosup-smollm2-135m": successes(run["tasks"], tasks),
-                "the same, --hybrid 0.2": successes(hybrid, tasks),
+                "cosup-smollm2-135m": successes(comes, tasks),
+                "the same, state alone": successes(run["tasks"], tasks),
                 "BM25": successes(run["tasks"], tasks, "bm25_success@1"),
                 "all-MiniLM-L6-v2": [minilm.get(task, {}).get("value", np.nan) for task in tasks],
             }
             for offset, (name, heights) in enumerate(bars.items()):
-                colour = ("#3b6fb6", "#1d3557", "#9a9a9a", "#d1662f")[offset]
+                colour = ("#1d3557", "#3b6fb6", "#9a9a9a", "#d1662f")[offset]
                 left = [row + 0.21 * (offset - 1.5) for row in range(len(tasks))]
                 axes.bar(left, heights, width=0.19, label=name, color=colour)
             axes.set_xticks(range(len(tasks)), [title(task) for task in tasks])

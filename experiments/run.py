@@ -8,7 +8,8 @@ FOLDER holds `train/`, `dev/` and `corpus.jsonl.gz` in the form of the README's 
 of the main comparison are trained with every seed, the others with the first. All are judged on the same questions of
 each data set, over one corpus that holds the gold passages and others drawn at random; the sweeps, and seeds after the
 first, only on the data sets of the 13 cells. `squad-gold` are SQuAD's questions with nothing but their gold passage to
-retrieve. `released` is the model that comes with cosup, as it is.
+retrieve. `released` is the model that comes with cosup: by itself, as all others are judged, and as it comes, with
+what its `cosup.json` says of words and statements.
 
 What is finished is skipped, and what was interrupted goes on: stop it at any time, and run it again. A GPU has room for
 several conditions at once: `--workers`. `--out` then holds `data/`, `runs/`, `indexes/`, `evaluations/`, `report/` as
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -70,18 +71,19 @@ ON_ALL_SETS = (*MAIN, *AS_THEY_ARE)  # with their first seed
 MINING = "hard-negatives"  # mines with the model of `cosup`
 ROWS = 64 if torch.cuda.is_available() else 16  # questions that are answered at once
 ALONE = Options(max_new_tokens=64, quote=False, statements=False, hybrid=0.0)  # what a model does by itself
-MODES: dict[str, tuple[Mode, ...]] = {
+Way = Mode | Literal["as-it-comes"]
+MODES: dict[str, tuple[Way, ...]] = {
     "cosup": ("cosup", "static", "none"),
     "separate": ("cosup", "bm25"),
-    "released": ("cosup", "static", "none", "bm25"),
+    "released": ("cosup", "as-it-comes", "static", "none", "bm25"),
 }
 """How a condition is judged, where not by its own retrieval alone; modes after the first with the first seed only.
 
 The Gen of `separate` is the one that `ntp` alone would train, so `separate` with BM25 is `ntp` with BM25.
 """
 
-Job = tuple[str, int, Mode]
-"""Condition, seed and mode."""
+Job = tuple[str, int, Way]
+"""Condition, seed, and in what mode, or that it is as the model comes."""
 
 RETRIEVAL = ("squad", "nq", "fever", "hotpotqa", "asqa", "triviaqa", "wow")
 CORRECTNESS = RETRIEVAL[:-1]
@@ -244,13 +246,13 @@ def refuse_leaks(learnt: Iterable[Question], judged: Sequence[Question]) -> None
             raise UserError(f"the training question {question.id!r} or its passage is in the evaluation; remove it")
 
 
-def judged(condition: str, seed: int, mode: Mode, data: Data, arguments: argparse.Namespace) -> None:
+def judged(condition: str, seed: int, way: Way, data: Data, arguments: argparse.Namespace) -> None:
     """Trains, indexes and evaluates a condition, where that is not done yet."""
-    terminal.step(f"{condition}, seed {seed}, {mode}")
+    terminal.step(f"{condition}, seed {seed}, {way}")
     run = trained(condition, seed, data, arguments)
     model = CoSupModel.load(run)
     index = indexed(model, data.corpus, arguments.out / "indexes" / f"{condition}-{seed}")
-    name = condition if mode == MODES.get(condition, ("cosup",))[0] else f"{condition}-{mode}"
+    name = condition if way == MODES.get(condition, ("cosup",))[0] else f"{condition}-{way}"
     folder: Path = arguments.out / "evaluations" / f"{name}-{seed}"
     on_all = condition in ON_ALL_SETS and seed == arguments.seeds[0]
     asked = [path for path in data.tasks if on_all or path.stem in RETRIEVAL]
@@ -259,10 +261,17 @@ def judged(condition: str, seed: int, mode: Mode, data: Data, arguments: argpars
         index,
         read_tasks([str(path) for path in asked]),
         folder,
-        settings=RunSettings(mode, options=replace(ALONE, rows=ROWS), name=name),
+        settings=settings_of(way, name),
         source=run,
         counter=lambda what, total, unit: terminal.counting(what, total, unit=unit),
     )
+
+
+def settings_of(way: Way, name: str) -> RunSettings:
+    """How a condition is asked."""
+    if way == "as-it-comes":
+        return RunSettings(options=Options(max_new_tokens=ALONE.max_new_tokens, rows=ROWS), name=name)
+    return RunSettings(way, options=replace(ALONE, rows=ROWS), name=name)
 
 
 def trained(condition: str, seed: int, data: Data, arguments: argparse.Namespace) -> Path:

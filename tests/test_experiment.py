@@ -14,6 +14,7 @@ from cosup.config import UserError
 from cosup.data import Passage, Question, read_examples, write_records
 from cosup.data.records import QAPair
 from cosup.evaluate import Evaluation
+from cosup.model import AnswerSettings
 from cosup.report.load import Run
 
 PATH = Path(__file__).parents[1] / "experiments" / "run.py"
@@ -175,3 +176,12 @@ def test_training_on_what_is_judged_is_refused(experiment: ModuleType, source: P
     with pytest.raises(UserError, match="'x' or its passage is in the evaluation"):
         experiment.Data(source, tmp_path / "made", questions=4, passages=50).make()
     assert not (tmp_path / "made" / "passages.jsonl").exists()
+
+
+def test_conditions_are_judged_by_themselves_and_the_released_model_as_it_comes_too(experiment: ModuleType) -> None:
+    own = AnswerSettings(statements=True, hybrid=0.2)
+    found = {way: experiment.settings_of(way, "x").options.settled(own) for way in experiment.MODES["released"]}
+    comes = found.pop("as-it-comes")
+    assert (comes.statements, comes.hybrid, comes.mode) == (True, 0.2, "cosup")
+    assert all((options.statements, options.hybrid) == (False, 0.0) for options in found.values())
+    assert {(options.max_new_tokens, options.rows) for options in [comes, *found.values()]} == {(64, experiment.ROWS)}

@@ -36,7 +36,7 @@ StatementsOption = Annotated[
     bool | None,
     typer.Option(
         "--statements/--no-statements",
-        help="Show a claim as its passage states it: the sentence, or 20 words around it.",
+        help="Show a claim as its passage states it: the sentence that holds it or is nearest, or 20 words of that.",
         show_default=_AS_THE_MODEL,
     ),
 ]

@@ -24,8 +24,9 @@ class Options:
         forget_passages: whether a passage leaves Gen's context when its claim is closed, so that only
             `[Cs] claim [Ce]` stays: the paper's truncation of the context.
         quote: whether a claim is a piece of its passage, word for word. Not for answers that judge, as true or false.
-        statements: whether a claim that stands in its passage becomes what the passage states: the sentence around it,
-            or whole clauses of it up to 20 words. Claims are then reported when they are closed.
+        statements: whether a claim becomes what its passage states: the sentence that holds it, or is nearest to it,
+            or whole clauses of that up to 20 words. A verdict, as true or false, stays. Claims are then reported when
+            they are closed.
             For this one, `quote` and `hybrid`, None is the model's own choice; see `AnswerSettings`.
         hybrid: what words count in a search: of the passages that it considers, the one with the best BM25 score for
             the question and the answer so far gains this much, others in proportion. 0: the state alone searches. The

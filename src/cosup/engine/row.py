@@ -54,7 +54,7 @@ class Row:
         self._shortened: list[str] = []
         self._ret = self._claim = 0  # places in `context` of the last [Ret] and of the token after its [Cs]
         self._nothing_found = self._forced = False
-        self._text = ""  # of the passage that is cited now, as far as Gen has read it, where claims depend on it
+        self._title = self._text = ""  # of the passage cited now, as far as Gen has read it, where claims depend on it
         self._quotes: Quotes | None = None  # of that passage, where claims quote
         self._read = self.sampled = 0
         self._shown, self._cut = "", -1
@@ -173,7 +173,7 @@ class Row:
             self._append(token, inserted=True)
         self._claim = len(self.context)
         if self.options.quote or self.options.statements:
-            self._text = text_read(passage, inserted[:-1], self._template)
+            self._title, self._text = passage.title, text_read(passage, inserted[:-1], self._template)
         self._quotes = Quotes(passage.title, self._text, self._template) if self.options.quote else None
         self.events.append(ClaimOpened(hit.id))
 
@@ -201,7 +201,7 @@ class Row:
         """Puts what the passage states in the place of what Gen has chosen of it, if it fits the context."""
         t, chosen = self._template, self.context[self._claim :]
         claim = t.decode(chosen)
-        stated = statement(t.decode(self.context[: self._prompt]), claim, self._text)
+        stated = statement(t.asked(self.context[: self._prompt]), claim, self._text, title=self._title)
         written = chosen if stated == claim else t.encode(stated)
         if self._claim + len(written) + 1 + ROOM_FOR_CLAIM >= self._limit:
             written = chosen

@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 from cosup.data.documents import sentences
 
@@ -9,37 +10,55 @@ MOST_WORDS = 20
 """Of a statement; an answer that is longer is one by itself."""
 
 _VERDICTS = frozenset({"yes", "no", "true", "false", "supports", "refutes"})
+_ASKING = frozenset({"does", "what", "when", "where", "which", "whom", "whose"})
 _WORD = re.compile(r"\S+")
 _DASHES = "-\u2013\u2014"
 _CLAUSE_ENDS = (*",;:)]", *_DASHES)
 
 
-def statement(question: str, answer: str, text: str, *, most: int = MOST_WORDS) -> str:
+def statement(question: str, answer: str, text: str, *, title: str = "", most: int = MOST_WORDS) -> str:
     """The sentence of a text that holds an answer; of a long one, whole clauses around it as far as they fit.
 
-    Of several sentences with the answer it is the first that shares most words with the question. A clause that is too
-    long by itself is cut between words.
+    Of several sentences with the answer it is the first that shares most words with the question. An answer that the
+    text does not hold becomes the first sentence that shares most words with it and the question, or clauses around
+    those. A clause that is too long by itself is cut between words.
 
     Args:
         question: what the answer is one to.
         answer: some words.
         text: of a passage.
+        title: of it.
         most: words that a statement may have, 1 or more.
 
     Returns:
-        Words of the text as they stand there; the answer itself where it is a verdict, such as yes or no, where it has
-        more than `most` words, and where the text does not hold it, letter case aside.
+        Words of the text as they stand there; the answer itself where it is a verdict, such as yes or no, or ends with
+        one that the text does not hold, where it stands in the title alone, where it is of the text and has more than
+        `most` words or goes beyond a sentence, and where no sentence shares a word with it or the question.
     """
-    asked, wanted = _content(question), answer.strip()
-    holding = [sentence for sentence in map(str.strip, sentences(text)) if _place(wanted, sentence)]
-    if not holding or len(wanted.split()) > most or wanted.casefold() in _VERDICTS:
+    asked, wanted, every = _content(question), answer.strip(), [*map(str.strip, sentences(text))]
+    holding = [sentence for sentence in every if _place(wanted, sentence)]
+    if holding and len(wanted.split()) <= most and not _is_verdict(wanted):
+        sentence = _nearest(asked, holding)
+        return _around(sentence, *_words_of(wanted, sentence), most)
+    known = asked | _content(wanted)
+    if _place(wanted, text) or _place(wanted, title) or not wanted or _is_verdict(wanted.split()[-1]):
         return answer
-    return _around(wanted, max(holding, key=lambda sentence: len(asked & _content(sentence))), most)
+    sentence = _nearest(known, every) if every else ""
+    return _around(sentence, *_known_words(known, sentence), most) if known & _content(sentence) else answer
+
+
+def _is_verdict(text: str) -> bool:
+    return text.strip(".!\"'").casefold() in _VERDICTS
+
+
+def _nearest(words: set[str], found: Sequence[str]) -> str:
+    """The first sentence that shares most of the words."""
+    return max(found, key=lambda sentence: len(words & _content(sentence)))
 
 
 def _content(text: str) -> set[str]:
-    """Its words, but for the shortest, which are in every sentence."""
-    return {word for word in re.findall(r"\w+", text.casefold()) if len(word) > 3}
+    """Its words, but for the shortest, which are in every sentence, and those that only ask."""
+    return {word for word in re.findall(r"\w+", text.casefold()) if len(word) > 3} - _ASKING
 
 
 def _place(answer: str, sentence: str) -> re.Match[str] | None:
@@ -47,12 +66,35 @@ def _place(answer: str, sentence: str) -> re.Match[str] | None:
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", sentence, re.IGNORECASE) if answer else None
 
 
-def _around(answer: str, sentence: str, most: int) -> str:
-    words = list(_WORD.finditer(sentence))
-    place = _place(answer, sentence)
+def _words_of(answer: str, sentence: str) -> tuple[int, int]:
+    """The first and the last word of a sentence that an answer has part in."""
+    place, starts = _place(answer, sentence), [word.start() for word in _WORD.finditer(sentence)]
     assert place is not None
-    first = bisect_right([word.start() for word in words], place.start()) - 1
-    last = bisect_right([word.start() for word in words], place.end() - 1) - 1
+    return bisect_right(starts, place.start()) - 1, bisect_right(starts, place.end() - 1) - 1
+
+
+def _known_words(known: set[str], sentence: str) -> tuple[int, int]:
+    """The first and the last word of the stretch of a sentence with most known words and no others but short ones."""
+    return max(_stretches(known, sentence), key=lambda stretch: stretch[2])[:2]
+
+
+def _stretches(known: set[str], sentence: str) -> Iterator[tuple[int, int, int]]:
+    """Where each stretch begins and ends, with a known word, and how many of them it has."""
+    first, last, count = -1, -1, 0
+    for number, word in enumerate(sentence.split()):
+        words = _content(word)
+        if words - known and count:
+            yield first, last, count
+            count = 0
+        if words & known:
+            first, last, count = (first if count else number), number, count + 1
+    if count:
+        yield first, last, count
+
+
+def _around(sentence: str, first: int, last: int, most: int) -> str:
+    """As many whole clauses of a sentence around some of its words as may be taken."""
+    words = list(_WORD.finditer(sentence))
     start, end = _clauses([word.group() for word in words], first, last, most)
     if end == len(words):
         return sentence[words[start].start() :]
