@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cosup.config import ModelSection, Recipe, UserError, parse_recipe
 from cosup.data import Evidence, Example, Passage, write_records
-from cosup.model import CoSupModel
+from cosup.model import AnswerSettings, CoSupModel
 from cosup.model.lms import body_of
 from cosup.model.packing import packed
 from cosup.train import start_model, train_recipe
@@ -273,9 +273,11 @@ def test_saved_adapters_go_on_being_trained_as_they_were(
     emb: str | None, tiny_lm: Path, untied_lm: Path, passages: list[Passage], tmp_path: Path
 ) -> None:
     first = start(tiny_lm, **({"emb": str(untied_lm)} if emb else {}))
+    first.settings = first.settings.model_copy(update={"answers": AnswerSettings(statements=True)})
     first.save(tmp_path / "first")
     section = ModelSection.model_validate({"gen": str(tmp_path / "first"), "lora": {"rank": 2, "alpha": 4}})
     again = CoSupModel.start(section, seed=5).eval()
+    assert again.settings.answers.statements
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in first.named_parameters() if p.requires_grad
     }
