@@ -216,9 +216,10 @@ def swept(kept: Kept) -> list[str]:
 
 
 def size(kept: Kept) -> str:
-    """How long each training of a comparison was."""
-    training = kept["runs"]["cosup-0"]["training"]
-    return f"{training['steps']} steps of about {training['tokens'] / training['steps']:,.0f} tokens"
+    """How long each training of a comparison was, and how large the corpus that was searched."""
+    run = kept["runs"]["cosup-0"]
+    steps, tokens = (run["training"][name] for name in ("steps", "tokens"))
+    return f"{steps} steps of about {tokens / steps:,.0f} tokens, {run['index']['passages']:,} passages searched"
 
 
 def conditions(kept: Kept) -> list[str]:

@@ -87,14 +87,15 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
     for name, found in runs.items():
         training = {"name": name if name == "separate-0" else "cosup-0", "objective": "separate"}
         mode = "bm25" if "bm25" in name else "cosup"
-        judged(experiment / "evaluations" / name, found, mode=mode, training=training)
+        settings = {"mode": mode, "training": training, "index": {"passages": 5000}}
+        judged(experiment / "evaluations" / name, found, **settings)
         log = experiment / "evaluations" / name / "training.jsonl"
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (experiment / "cells.md").write_text("| the cells |\n")
     (experiment / "sweeps.md").write_text("| the sweeps |\n")
     run(results, monkeypatch, "--keep", str(experiment), "--as", "main", "--hardware", "a slide rule")
     page = results.PAGE.read_text()
-    assert "## Co-supervision against separate training, 8 steps of about 1,875 tokens" in page
+    assert "## Co-supervision against separate training, 8 steps of about 1,875 tokens, 5,000 passages searched" in page
     assert "| the cells |" in page
     assert "|  | NQ |\n|---|--:|\n| cosup | 0.625 |\n| separate | 0.500 |\n| BM25 | 0.375 |\n| all-Mini" in page
     assert "NQ: answer presence in the whole answer:\n" in page
@@ -106,7 +107,7 @@ def test_a_comparison_shows_its_cells_every_condition_and_what_the_training_took
     (experiment / "cells.md").write_text("")
     run(results, monkeypatch, "--keep", str(experiment), "--as", "main", "--hardware", "a slide rule")
     page = results.PAGE.read_text()
-    assert "## One setting changed, 8 steps of about 1,875 tokens" in page
+    assert "## One setting changed, 8 steps of about 1,875 tokens, 5,000 passages searched" in page
     assert "against separate training" not in page
     assert "| separate-0 | separate | 8 | 15,000 | 1.5 |" in page
 
