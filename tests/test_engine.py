@@ -28,7 +28,7 @@ from cosup.engine import (
     Token,
 )
 from cosup.index import FaissIndex, Hit, build_index
-from cosup.model import CoSupModel
+from cosup.model import CoSupModel, ModelSettings
 from cosup.template import Response
 
 
@@ -89,6 +89,7 @@ def scripted(tiny: CoSupModel, script: list[int]) -> tuple[SimpleNamespace, Scri
         template=tiny.template,
         device=torch.device("cpu"),
         context=512,
+        settings=ModelSettings(),
         fingerprint="same",
         queries=lambda states, contexts: states,
     )
