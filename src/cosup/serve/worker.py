@@ -202,11 +202,11 @@ class Worker:
         for number, each in items.items():
             if number in self._outs:
                 loop, out = self._outs[number]
-                _tell(loop, out.put_nowait, each)
                 if isinstance(last := each[-1], Finished):
                     del self._outs[number]
                     if last.reason == "error":  # what follows the colon could be a path
                         log.error("an answer ended early: %s", last.response.error.partition(":")[0])
+                _tell(loop, out.put_nowait, each)
 
     def _with_passages(self, event: Event) -> Item:
         if isinstance(event, Retrieved):
