@@ -160,8 +160,16 @@ def read_settings(folder: Path) -> ModelSettings:
         return ModelSettings.model_validate(raw)
     except KeyError as e:
         raise UserError(f"{file} is damaged: the key {e} is missing") from None
-    except (ValidationError, TypeError, json.JSONDecodeError) as e:
+    except ValidationError as e:
+        raise UserError(f"{file} is damaged: {_problem(e)}") from None
+    except (TypeError, json.JSONDecodeError) as e:
         raise UserError(f"{file} is damaged: {str(e).splitlines()[0]}") from None
+
+
+def _problem(error: ValidationError) -> str:
+    """The first thing that is wrong with settings, in a sentence."""
+    told = error.errors()[0]
+    return f"{'.'.join(map(str, told['loc']))} is {told['input']!r}: {told['msg']}"
 
 
 def retype(folder: Path, dtype: torch.dtype) -> None:
@@ -191,8 +199,7 @@ def set_answers(folder: Path, answers: Mapping[str, Any]) -> None:
     try:
         wanted = AnswerSettings.model_validate(settings.answers.model_dump() | dict(answers))
     except ValidationError as e:
-        told = e.errors()[0]
-        raise UserError(f"{'.'.join(map(str, told['loc']))} is {told['input']!r}: {told['msg']}") from None
+        raise UserError(_problem(e)) from None
     _rewrite(folder, settings.model_copy(update={"answers": wanted}))
 
 
