@@ -230,7 +230,7 @@ def test_a_newer_or_damaged_model_folder_is_refused(tiny: CoSupModel, tmp_path: 
     with pytest.raises(UserError, match="format version 99, newer"):
         CoSupModel.load(tmp_path / "m")
     file.write_text(json.dumps(settings | {"answers": {"hybrid": "lots"}}))
-    with pytest.raises(UserError, match="is damaged: answers.hybrid is 'lots': Input should be a valid number"):
+    with pytest.raises(UserError, match=r"is damaged: answers\.hybrid is 'lots': Input should be a valid number"):
         CoSupModel.load(tmp_path / "m")
     file.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
