@@ -15,6 +15,8 @@ Mode = Literal["cosup", "static", "none"]
 class Options:
     """How to generate; all but `rows` can differ from request to request.
 
+    Of `quote`, `statements` and `hybrid`, None is the model's own choice: see `cosup.model.AnswerSettings`.
+
     Args:
         max_new_tokens: most tokens that Gen may choose in a response; those taken back count too.
         max_retrievals: most retrievals in a response; `[Ret]` can't be chosen after them.
@@ -27,7 +29,6 @@ class Options:
         statements: whether a claim becomes what its passage states: the sentence that holds it, or is nearest to it,
             or whole clauses of that up to 20 words. A verdict, as true or false, stays. Claims are then reported when
             they are closed.
-            For this one, `quote` and `hybrid`, None is the model's own choice; see `AnswerSettings`.
         hybrid: what words count in a search: of the passages that it considers, the one with the best BM25 score for
             the question and the answer so far gains this much, others in proportion. 0: the state alone searches. The
             scores that are reported, and those that `min_score` is held against, are the state's in any case.
