@@ -136,6 +136,97 @@ def test_the_candidates_of_a_question_are_ranked_by_words_among_themselves(hybri
     assert asked.bm25 is hybrid.bm25
 
 
+# Following changes
+
+
+def test_a_passage_counted_in_scores_as_the_one_with_its_text_that_was_there():
+    bm25 = BM25(_passages(range(COUNT)))
+    bm25.add([Passage("again", "passage w17 of v3 by u17"), Passage("long", "passage w17 of v3 by u17 and much else")])
+    for words in ("w17", "v3 u17 passage", "w17 w17", "w5"):
+        scores = bm25.scores(words)
+        assert bm25.of("again", scores) == pytest.approx(bm25.of("p17", scores), rel=1e-6)
+    assert bm25.search(["w17"], 5) == [["p17", "again", "long"]]
+    assert len(bm25) == COUNT + 2
+
+
+def test_words_unknown_before_are_the_rarest():
+    bm25 = BM25(_passages(range(COUNT)))
+    bm25.add([Passage("new", "passage zebra"), Passage("other", "passage w17")])
+    assert bm25.search(["w17 zebra"], 2) == [["new", "other"]]
+    assert BM25([]).search(["zebra"], 1) == [[]]
+
+
+def test_what_is_replaced_or_left_out_is_found_by_its_old_words_no_more():
+    bm25 = BM25(_passages(range(COUNT)))
+    bm25.add([Passage("p17", "zebra"), Passage("p17", "okapi")])
+    bm25.remove(["p18", "nobody"])
+    assert bm25.search(["w17", "zebra", "w18"], 3) == [[], [], []]
+    assert bm25.search(["okapi"], 3) == [["p17"]]
+    assert len(bm25) == COUNT - 1
+    assert bm25.of("p18", bm25.scores("w18")) == 0
+
+
+@pytest.mark.parametrize("base", [[], [Passage("silent", "?")]])
+def test_a_corpus_without_words_can_grow_too(base):
+    bm25 = BM25(base)
+    bm25.add([Passage("a", "zebra"), Passage("b", "okapi zebra")])
+    assert bm25.search(["okapi", "zebra"], 2) == [["b"], ["a", "b"]]
+    assert bm25.outgrown
+
+
+def test_one_that_was_changed_is_not_saved(tmp_path):
+    for change in (lambda bm25: bm25.add([Passage("new", "zebra")]), lambda bm25: bm25.remove(["p1"])):
+        bm25 = BM25(_passages(range(COUNT)))
+        change(bm25)
+        with pytest.raises(ValueError, match="as it was made"):
+            bm25.save(tmp_path)
+
+
+def test_equal_scores_are_ranked_in_the_order_of_the_corpus_however_many_are_asked_for():
+    bm25 = BM25([Passage(f"p{n}", "zebra" if n % 2 else "okapi") for n in range(40)])
+    odd = [f"p{n}" for n in range(1, 40, 2)]
+    for k in (1, 3, 19, 20, 100):
+        assert bm25.search(["zebra"], k) == [odd[:k]]
+
+
+@pytest.fixture
+def remade(monkeypatch):
+    """How often an index has made BM25 of itself."""
+    times = []
+    monkeypatch.setattr("cosup.index.hybrid.bm25_of", lambda index: times.append(len(index)) or BM25(list(index)))
+    return times
+
+
+def _add(hybrid, *passages):
+    hybrid.add(passages, FakeEmbedder().embed_passages(passages))
+
+
+def test_bm25_follows_changes_until_more_was_added_than_it_was_made_of(hybrid, remade):
+    for n in range(COUNT, 2 * COUNT):
+        _add(hybrid, *_passages([n]))
+        assert _search(hybrid, f"w{n}", weight=3.0)[0].id == f"p{n}"
+    hybrid.remove(["p17"])
+    assert "p17" not in {hit.id for hit in _search(hybrid, "w17", weight=3.0, k=9)}
+    assert remade == [COUNT + 1]  # asked for the first time after the first change
+    _add(hybrid, *_passages(range(2 * COUNT, 2 * COUNT + 3)))
+    assert _search(hybrid, f"w{2 * COUNT}", weight=3.0)[0].id == f"p{2 * COUNT}"
+    assert remade == [COUNT + 1, 2 * COUNT + 2]
+
+
+def test_parts_go_with_their_passage_and_what_a_duplicate_takes_over_is_found_by_its_words(tmp_path, remade):
+    part = Passage("p#2", "zebra", meta={"parent": "p"})
+    index = build_index([*_passages(range(9)), Passage("p", "okapi"), part], FakeEmbedder(), tmp_path / "parts")
+    hybrid = HybridIndex(index)
+    assert _search(hybrid, "zebra", weight=3.0)[0].id == "p#2"
+    hybrid.remove(["p"])
+    assert not {"p", "p#2"} & {hit.id for hit in _search(hybrid, "zebra okapi", weight=3.0, k=20)}
+    assert remade == [11]
+    index.change([], np.zeros((0, index.dim), np.float32), aliases={"twin": "p3"})
+    hybrid.remove(["p3"])
+    assert _search(hybrid, "w3", weight=3.0)[0].id == "twin"
+    assert remade == [11, 9]
+
+
 # In the engine
 
 
@@ -288,7 +379,7 @@ def test_bm25_of_a_large_folder_is_made_once_for_each_of_its_states(index: Faiss
     assert made == [COUNT, COUNT + 1, COUNT]
 
 
-@pytest.mark.parametrize("name", ["kept.json", "ids.json", "vocab.index.json", "data.csc.index.npy"])
+@pytest.mark.parametrize("name", ["kept.json", "passages.json", "vocab.index.json", "data.csc.index.npy"])
 def test_a_damaged_copy_is_made_anew(index: FaissIndex, made: list[int], name: str) -> None:
     first = _search(HybridIndex(index), "w17 v3")
     (file,) = (cache_folder() / "bm25").glob(f"*/{name}")

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +34,7 @@ with _hidden("jax"):  # where it is installed, bm25s would start it, and it take
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG for itself
 
 
-_IDS = "ids.json"
+_PASSAGES = "passages.json"
 
 
 class BM25:
@@ -51,54 +53,105 @@ class BM25:
         self._empty = not tokens.vocab or not any(tokens.ids)
         if not self._empty:
             self._retriever.index(tokens, show_progress=False)
-        self._name([passage.id for passage in passages])
+        lengths = [len(ids) for ids in tokens.ids]
+        self._start([passage.id for passage in passages], sum(lengths) / max(len(lengths), 1))
 
-    def _name(self, ids: list[str]) -> None:
-        self._ids, self._rows = ids, {id: row for row, id in enumerate(ids)}
+    def _start(self, ids: list[str], mean_length: float) -> None:
+        self._ids, self._rows, self._mean_length = ids, {id: row for row, id in enumerate(ids)}, mean_length
+        self._made_of = len(ids)
+        self._gone: list[int] = []
+        self._added: defaultdict[str, dict[int, float]] = defaultdict(dict)  # of a word: rows and what they score by it
+
+    def __len__(self) -> int:
+        """How many passages it ranks."""
+        return len(self._rows)
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether more was added than it was made of, so that its figures of the corpus may be far off."""
+        return len(self._ids) > 2 * self._made_of
+
+    def add(self, passages: Sequence[Passage]) -> None:
+        """Counts passages in, each in the place of the one that has its id.
+
+        How rare a word is, and how long a passage, stays what it was when this was made: that costs nothing for the
+        others, and is as near to the truth as few were added.
+        """
+        for passage in passages:
+            self.remove([passage.id])
+            row = self._rows[passage.id] = len(self._ids)
+            self._ids.append(passage.id)
+            words = _words(f"{passage.title} {passage.text}")
+            k1, b = self._retriever.k1, self._retriever.b
+            saturation = k1 * (1 - b + b * len(words) / (self._mean_length or 1.0))
+            for word, count in Counter(words).items():
+                self._added[word][row] = self._rarity(word) * count / (count + saturation)
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Leaves passages out from now on; ids that are not there are passed over."""
+        self._gone += [self._rows.pop(id) for id in ids if id in self._rows]
+
+    def _rarity(self, word: str) -> float:
+        """The inverse document frequency, of the passages that this was made of."""
+        column, having = None if self._empty else self._retriever.vocab_dict.get(word), 0
+        if column is not None:
+            start, end = self._retriever.scores["indptr"][column : column + 2]
+            having = int(end - start)
+        return math.log(1 + (self._made_of - having + 0.5) / (having + 0.5))
 
     def save(self, folder: Path) -> None:
-        """Writes it into a folder that is there: arrays and JSON. Raises ValueError if the corpus has no word."""
-        if self._empty:
-            raise ValueError("there is no word to save")
+        """Writes it, as it was made, into a folder that is there: arrays and JSON.
+
+        Raises:
+            ValueError: the corpus has no word, or was changed.
+        """
+        if self._empty or self._gone or self._added:
+            raise ValueError("only BM25 of some words, and as it was made, is saved")
         self._retriever.save(folder, show_progress=False, raise_on_serialization_error=True)
-        (folder / _IDS).write_text(json.dumps(self._ids), encoding="utf-8")
+        kept = {"ids": self._ids, "mean_length": self._mean_length}
+        (folder / _PASSAGES).write_text(json.dumps(kept), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """What `save` wrote."""
         found = cls([])
         found._retriever, found._empty = bm25s.BM25.load(folder, show_progress=False), False
-        found._name(json.loads((folder / _IDS).read_text("utf-8")))
+        kept = json.loads((folder / _PASSAGES).read_text("utf-8"))
+        found._start(kept["ids"], kept["mean_length"])
         return found
 
     def search(self, queries: Sequence[str], k: int) -> list[list[str]]:
         """Ids of the k best passages of each query, best first; none that shares no word with it."""
-        if not queries or self._empty:
-            return [[] for _ in queries]
-        k = min(k, len(self._ids))
-        rows_QK, scores_QK = self._retriever.retrieve(_tokens(list(queries)), k=k, show_progress=False)
-        return [
-            [self._ids[int(row)] for row, score in zip(rows, scores, strict=True) if score > 0]
-            for rows, scores in zip(rows_QK, scores_QK, strict=True)
-        ]
+        return [self.best(self.scores(query), k) for query in queries]
 
     def scores(self, query: str) -> Vectors:
-        """The score of every passage, float32 [N], in the order of the corpus; 0 where it shares no word."""
-        (tokens,) = bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)
-        if self._empty or not tokens:
-            return np.zeros(len(self._ids), np.float32)
-        scores_N: Vectors = self._retriever.get_scores(tokens)
+        """The score of every passage, float32 [N], in an order of its own; 0 where it shares no word, or has gone."""
+        scores_N = np.zeros(len(self._ids), np.float32)
+        words = _words(query)
+        if words and not self._empty:
+            scores_N[: self._made_of] = self._retriever.get_scores(words)
+        for word in words:
+            for row, score in self._added.get(word, {}).items():
+                scores_N[row] += score
+        scores_N[self._gone] = 0
         return scores_N
 
     def best(self, scores_N: Vectors, k: int) -> list[str]:
-        """Ids of the k passages that score best, best first; none that scores 0."""
-        rows = np.argpartition(-scores_N, k - 1)[:k] if k < len(scores_N) else np.arange(len(scores_N))
-        return [self._ids[row] for row in rows[np.argsort(-scores_N[rows], kind="stable")] if scores_N[row] > 0]
+        """Ids of the k passages that score best, best first, equal ones in their order; none that scores 0."""
+        rows = np.flatnonzero(scores_N)
+        if k < len(rows):
+            rows = rows[scores_N[rows] >= -np.partition(-scores_N[rows], k - 1)[k - 1]]
+        return [self._ids[row] for row in rows[np.argsort(-scores_N[rows], kind="stable")][:k]]
 
     def of(self, id: str, scores_N: Vectors) -> float:
         """The score of one passage; 0 for one that is not in the corpus."""
         row = self._rows.get(id)
         return 0.0 if row is None else float(scores_N[row])
+
+
+def _words(text: str) -> list[str]:
+    (words,) = bm25s.tokenize([text], stopwords="en", return_ids=False, show_progress=False)
+    return list(words)
 
 
 def _tokens(texts: list[str]) -> bm25s.tokenization.Tokenized:

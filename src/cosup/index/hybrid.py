@@ -11,6 +11,7 @@ from cosup.data import Passage
 from cosup.index.bm25 import BM25
 from cosup.index.kept import bm25_of
 from cosup.index.lookup import meta_keys
+from cosup.index.parts import parts_of
 from cosup.index.protocol import Hit, Index, Vectors, WrappedIndex
 
 POOL = 100
@@ -35,7 +36,7 @@ class HybridIndex(WrappedIndex):
 
     @property
     def bm25(self) -> BM25:
-        """BM25 over all passages, in memory: from when it is first asked for, and anew after a change made here."""
+        """BM25 over all passages, in memory from when it is first asked for; it follows changes made here."""
         if self._bm25 is None:
             self._bm25 = bm25_of(self._index)
         return self._bm25
@@ -107,11 +108,24 @@ class HybridIndex(WrappedIndex):
 
     def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
         """See `Index.add`."""
+        gone = self._with_parts([passage.id for passage in passages])
         super().add(passages, vectors_PD)
-        self._bm25 = None
+        self._recount(gone, passages)
 
     def remove(self, ids: Sequence[str]) -> int:
         """See `Index.remove`."""
+        gone = self._with_parts(ids)
         removed = super().remove(ids)
-        self._bm25 = None
+        self._recount(gone, [])
         return removed
+
+    def _with_parts(self, ids: Sequence[str]) -> list[str]:
+        return [] if self._bm25 is None else [one for id in ids for one in (id, *parts_of(self._index, id))]
+
+    def _recount(self, gone: Sequence[str], new: Sequence[Passage]) -> None:
+        """Lets BM25 follow a change; it is made anew if it has outgrown what it was made of, or others changed more."""
+        if self._bm25 is not None:
+            self._bm25.remove(gone)
+            self._bm25.add(new)
+            if self._bm25.outgrown or len(self._bm25) != len(self._index):
+                self._bm25 = None
