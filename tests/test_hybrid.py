@@ -364,10 +364,14 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     return sizes
 
 
-def test_bm25_of_a_large_folder_is_made_once_for_each_of_its_states(index: FaissIndex, made: list[int]) -> None:
+def test_bm25_of_a_large_folder_is_made_once_for_each_of_its_states(
+    index: FaissIndex, made: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cosup.index.kept")
     first = _search(HybridIndex(index), "w17 v3")
     assert _search(HybridIndex(FaissIndex(index.folder)), "w17 v3") == first
     assert made == [COUNT]
+    assert caplog.messages == [f"BM25 of {COUNT} passages is made, and kept for the next search"]
     hybrid = HybridIndex(index)
     new = Passage("new", "okapi " * 9)
     hybrid.add([new], FakeEmbedder().embed_passages([new]))

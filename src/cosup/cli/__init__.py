@@ -39,6 +39,7 @@ app.add_typer(serving.app, name="serve")
 def main() -> None:
     """Entry point: a UserError is one sentence on standard error and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("cosup.index.kept").setLevel(logging.INFO)  # a wait that has a reason
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows \u27e8 instead of ending it all
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,8 @@ from cosup.files import atomic_folder, cache_folder, sha256
 from cosup.index.bm25 import BM25
 from cosup.index.folder import FaissIndex
 from cosup.index.protocol import Index
+
+log = logging.getLogger(__name__)
 
 WORTH_KEEPING = 5_000  # passages; fewer take less than a second
 _KEPT = "kept.json"
@@ -29,6 +32,7 @@ def bm25_of(index: Index) -> BM25:
     state = _state(index)
     with suppress(OSError, ValueError, KeyError, TypeError):
         return _read(place, state)
+    log.info("BM25 of %s passages is made, and kept for the next search", f"{len(index):,}")
     made = BM25(list(index))
     with suppress(UserError, OSError, ValueError):
         _write(made, place, state)
