@@ -157,6 +157,46 @@ def test_a_stopped_run_goes_on_without_asking_again_and_ends_as_an_uninterrupted
     assert resumed == whole
 
 
+def test_a_run_does_not_go_on_over_another_corpus_of_the_same_size(
+    tiny: CoSupModel, index: FaissIndex, task: Task, passages: list[Passage], tmp_path: Path
+) -> None:
+    first = evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW)["mixed"]
+    other = [replace(p, text=f"{p.text} Or not.") if p.id == "p5" else p for p in passages]
+    with pytest.raises(UserError, match="another corpus"):
+        evaluate_tasks(tiny, build_index(other, tiny, tmp_path / "other"), [task], tmp_path / "run", settings=FEW)
+    same = build_index(passages[::-1], tiny, tmp_path / "same")
+    assert evaluate_tasks(tiny, same, [task], tmp_path / "run", settings=FEW)["mixed"] == first
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    del kept["corpus"]  # as one was that an earlier version began
+    (tmp_path / "run" / "run.json").write_text(json.dumps(kept))
+    assert evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW)["mixed"] == first
+
+
+def test_what_failed_is_asked_again(tiny: CoSupModel, index: FaissIndex, task: Task, tmp_path: Path) -> None:
+    whole = evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW)["mixed"]
+    path = tmp_path / "run" / "mixed" / "predictions.jsonl"
+    lines = path.read_text().splitlines()
+    failed = [json.dumps({"id": json.loads(line)["id"], "reason": "error", "error": "away"}) for line in lines[:2]]
+    path.write_text("\n".join([*failed, *lines[2:], ""]))
+    assert evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW)["mixed"] == whole
+    assert len(path.read_text().splitlines()) == len(lines) + 2
+
+
+def test_a_place_that_holds_no_run_is_told(tiny: CoSupModel, index: FaissIndex, task: Task, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(UserError, match="is a file, and a run is a folder"):
+        evaluate_tasks(tiny, index, [task], tmp_path / "file", settings=FEW)
+    with pytest.raises(UserError, match="is a file, and a run is a folder"):
+        remove_run(tmp_path / "file")
+    (tmp_path / "run").mkdir()
+    for damaged in ("{", "[]", '{"tasks": {}}'):
+        (tmp_path / "run" / "run.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"run\.json is damaged"):
+            evaluate_tasks(tiny, index, [task], tmp_path / "run", settings=FEW)
+        with pytest.raises(UserError, match=r"run\.json is damaged"):
+            remove_run(tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_and_asks_nothing_twice(
     tiny_folder: Path, passages: list[Passage], tmp_path: Path
@@ -342,6 +382,15 @@ def test_retrieval_is_judged_by_page_and_by_answer_where_no_passage_is_gold() ->
     by_answer = judged(Question("q", "zsre", "?", answers=["79"]), Prediction("q", retrieved=retrieved))
     assert (by_answer["free_answer_success@1"], by_answer["free_answer_mrr"]) == (0.0, 0.5)
     assert by_answer["forced_answer_success@20"] == 0.0
+
+
+def test_gold_by_passage_is_left_out_where_the_corpus_is_cut_otherwise_and_the_page_is_known() -> None:
+    prediction = Prediction("q", "Oslo", ["Oslo"], [[0, 4]], ["n#1"], forced=["n#1"], retrieved=[["n#1"]])
+    scores = judged(Question("q", "nq", "?", answers=["Oslo"], gold=["n#9"], pages=["n"]), prediction)
+    assert (scores["free_page_success@1"], scores["forced_page_success@1"]) == (1.0, 1.0)
+    assert not {"free_success@1", "forced_success@1", "bm25_success@1", "cited_precision", "cited_recall"} & set(scores)
+    one_of_two = judged(Question("q", "nq", "?", answers=["Oslo"], gold=["n#9", "n#1"], pages=["n"]), prediction)
+    assert (one_of_two["free_success@1"], one_of_two["cited_recall"]) == (1.0, 1.0)
 
 
 def test_a_gold_passage_counts_under_the_id_that_the_index_has_it_by() -> None:

@@ -88,6 +88,13 @@ class PassageTexts:
         self.load([id])
         return self._passages[id]
 
+    def has(self, id: str) -> bool:
+        """Whether there is a passage with this id, or one that stands for it."""
+        try:
+            return bool(self.passage(id))
+        except KeyError:
+            return False
+
     def normalized(self, id: str) -> str:
         """Title and text as `normalize_answer` makes them."""
         if id not in self._normalized:
@@ -98,10 +105,7 @@ class PassageTexts:
     def whole(self, id: str) -> str:
         """The id under which the index holds the passage: of a part that indexing split off, the whole passage's, and
         of a duplicate, that of the passage that stands for it; the id itself where the index has none."""
-        try:
-            return whole_of(self.passage(id))
-        except KeyError:
-            return id
+        return whole_of(self.passage(id)) if self.has(id) else id
 
     def page(self, id: str) -> str:
         """The page that a passage is of: `meta.page` where it is a text, else the title, else itself."""
@@ -182,18 +186,19 @@ def _retrieval(question: Question, prediction: Prediction, texts: PassageTexts) 
     scores: dict[str, float] = {}
     pages = set(question.pages) or {texts.page(id) for id in question.gold}
     hops = rule_of(question.task).golds == "hops"
-    gold = list(dict.fromkeys(map(texts.whole, question.gold)))
+    known = [id for id in question.gold if not question.pages or texts.has(id)]  # a corpus may be cut otherwise
+    gold = list(dict.fromkeys(map(texts.whole, known)))
     for way, ranked in _rankings(prediction).items():
         if ranked is None:
             continue
-        if question.gold:
+        if gold:
             passages = metrics.first_of_each(map(texts.whole, ranked))
             scores |= _ranking(f"{way}_", passages, gold, hops=hops)
         if pages:
             scores |= _ranking(f"{way}_page_", metrics.first_of_each(map(texts.page, ranked)), pages, hops=hops)
         if not question.gold and not pages and question.answers and not question.label:
             scores |= _by_answer(f"{way}_answer_", ranked, question.answers, texts)
-    if question.gold:
+    if gold:
         cited = {texts.whole(id) for id in prediction.cited}
         right = cited.intersection(gold)
         scores["cited_precision"] = len(right) / len(cited) if cited else 0.0

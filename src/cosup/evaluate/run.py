@@ -127,9 +127,10 @@ def remove_run(out: Path) -> None:
     """Removes an evaluation run. Raises UserError if the folder holds anything else; nothing is removed then."""
     if not out.exists():
         return
+    _refuse_file(out)
     if not (out / "run.json").is_file() and any(out.iterdir()):
         raise UserError(f"{out} holds no evaluation run, so it is not removed; name another folder")
-    tasks = json.loads((out / "run.json").read_text("utf-8"))["tasks"] if any(out.iterdir()) else ()
+    tasks = _read_run(out)["tasks"] if any(out.iterdir()) else ()
     own = {"run.json", "training.jsonl", *tasks}
     others = [
         path for path in sorted(out.iterdir()) if path.name not in own and not path.name.startswith((".", "nli-"))
@@ -137,6 +138,20 @@ def remove_run(out: Path) -> None:
     if others:
         raise UserError(f"{others[0]} is no part of an evaluation run, so {out} is not removed; name another folder")
     shutil.rmtree(out)
+
+
+def _refuse_file(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, and a run is a folder; name another")
+
+
+def _read_run(out: Path) -> dict[str, Any]:
+    path = out / "run.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return {**found, "tasks": dict(found["tasks"]), "options": dict(found["options"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e}); remove {out} yourself, or name another folder") from None
 
 
 def _predictions(
@@ -172,13 +187,13 @@ def _predictions(
 
 
 def _read_predictions(path: Path) -> dict[str, Prediction]:
-    """What was asked before."""
+    """What was asked before, and answered: what failed may have had a reason that is gone."""
     again = "its questions are asked again"
     try:
         rows = [Prediction(**row) for row in read_journal(path, consequence=again)]
     except TypeError:
         raise UserError(f"{path} is not a file of predictions; remove it, so that {again}") from None
-    return {row.id: row for row in rows}
+    return {row.id: row for row in rows if row.reason != "error"}
 
 
 def _judged(
@@ -201,7 +216,7 @@ def _judged(
         figures["mauve"] = _mauve(task, items, settings.mauve_model)
     evaluation = Evaluation(figures, items)
     folder = out / task.name
-    write_records(folder / "passages.jsonl", _shown(items, texts, index))
+    write_records(folder / "passages.jsonl", _shown(items, texts))
     evaluation.write_into(folder)
     return evaluation
 
@@ -238,22 +253,15 @@ def _mauve(task: Task, items: Sequence[Item], model: str) -> Figure:
     return Figure(mauve([text for text, _ in pairs], [reference for _, reference in pairs], model), len(pairs))
 
 
-def _shown(items: Sequence[Item], texts: PassageTexts, index: Index) -> Iterator[Passage]:
+def _shown(items: Sequence[Item], texts: PassageTexts) -> Iterator[Passage]:
     ids: dict[str, None] = {}
     for item in items:
         ids |= dict.fromkeys([*item["cited"], *item["forced"][:_SHOWN]])
         ids |= dict.fromkeys(id for ranked in item["retrieved"] for id in ranked[:_SHOWN])
         for id in item["gold"]:
-            if id not in ids and _known(index, id):
+            if id not in ids and texts.has(id):
                 ids[id] = None
     return (texts.passage(id) for id in ids)
-
-
-def _known(index: Index, id: str) -> bool:
-    try:
-        return bool(index.get([id]))
-    except KeyError:
-        return False
 
 
 def _description(
@@ -267,6 +275,7 @@ def _description(
         "gen": _weights(model.gen),
         "emb_parameters": sum(parameter.numel() for parameter in model.emb.parameters()),
         "index": {"fingerprint": index.fingerprint, "passages": len(index)},
+        "corpus": _corpus(index),
         "mode": settings.mode,
         "own_candidates": settings.own_candidates,
         "options": options | {"stop": list(settings.options.stop)},
@@ -277,7 +286,16 @@ def _description(
     }
 
 
-_SAME = ("fingerprint", "gen", "index", "mode", "own_candidates", "options")
+_SAME = ("fingerprint", "gen", "index", "corpus", "mode", "own_candidates", "options")
+
+
+def _corpus(index: Index) -> str:
+    """The sum of the SHA-256 of all passages: one corpus has one, whatever the order in which it was written."""
+    total = 0
+    for passage in index:
+        line = json.dumps([passage.id, passage.title, passage.text, passage.meta], sort_keys=True)
+        total += int.from_bytes(hashlib.sha256(line.encode()).digest())
+    return f"{total % 2**256:064x}"
 
 
 def _weights(part: torch.nn.Module) -> str:
@@ -291,12 +309,13 @@ def _weights(part: torch.nn.Module) -> str:
 
 def _open_run(out: Path, wanted: dict[str, Any], source: Path | None) -> None:
     path = out / "run.json"
+    _refuse_file(out)
     if not path.is_file():
         if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"{out} holds something else than an evaluation run; name another folder")
         found: dict[str, Any] = {"tasks": {}}
     else:
-        found = json.loads(path.read_text("utf-8"))
+        found = _read_run(out)
         by_default = asdict(Options().settled(AnswerSettings()))  # as what was no option yet was
         found["options"] = {**by_default, **found["options"]}
         _refuse_other(out, found, wanted)
