@@ -93,10 +93,12 @@ PARTS = ("retrieval", "answers", "both")
 def main() -> None:
     """Everything that is left to do."""
     arguments = parse()
+    if load_recipe(BASE, arguments.set).train.negatives:
+        raise UserError("train.negatives is what the condition hard-negatives differs in: name that with --only")
     drawn = {"questions": arguments.questions, "passages": arguments.passages}
     refuse_another(arguments.out, drawn | {"set": arguments.set})
     data = Data(arguments.data, arguments.out / "data", **drawn)
-    data.make()
+    data.make(arguments.set)
     for wave in waves(jobs(arguments.only, arguments.seeds), arguments.workers):
         work(wave, data, arguments)
     baselines(data, arguments.out / "baselines.json")
@@ -212,7 +214,7 @@ class Data:
         """The files of questions to judge by."""
         return sorted((self.folder / "dev").glob("*.jsonl"))
 
-    def make(self) -> None:
+    def make(self, settings: Sequence[str] = ()) -> None:
         """Draws questions and corpus, unless they are there. Raises UserError if training would show an answer."""
         if self.corpus.is_file():
             return
@@ -224,7 +226,7 @@ class Data:
         }
         drawn["worldfacts"] = drawn.pop("test")
         drawn["squad-gold"] = [replace(question, candidates=question.gold) for question in drawn.get("squad", ())]
-        learnt = self.recipe("cosup", 0, []).data.train
+        learnt = self.recipe("cosup", 0, settings).data.train
         refuse_leaks(
             read_questions(*(self.source / path for path in learnt)), [q for some in drawn.values() for q in some]
         )
@@ -369,7 +371,10 @@ def sweeps(conditions: Sequence[Condition]) -> str:
 
 
 def compared(first: Condition, second: Condition) -> list[Cell]:
-    """The 13 cells of two conditions."""
+    """The 13 cells of two conditions, by the seeds that both have. Raises UserError if there is none."""
+    first, second = with_seeds_of(second, first), with_seeds_of(first, second)
+    if not first.runs:
+        raise UserError(f"{first.name!r} and {second.name!r} have no seed in common; judge both with the same --seeds")
     found = [("retrieval", task, "forced_success@1") for task in RETRIEVAL]
     found += [("answers", task, correctness(task, first)) for task in CORRECTNESS]
     cells = []
@@ -380,6 +385,12 @@ def compared(first: Condition, second: Condition) -> list[Cell]:
             Cell(kind, task, figure, ids, *(condition.scores(task, figure, ids) for condition in (first, second)))
         )
     return cells
+
+
+def with_seeds_of(other: Condition, condition: Condition) -> Condition:
+    """A condition with the runs of those seeds that the other has too, in the order of the seeds."""
+    by_seed, shared = ({run.settings["training"]["seed"]: run for run in c.runs} for c in (condition, other))
+    return replace(condition, runs=tuple(by_seed[seed] for seed in sorted(by_seed) if seed in shared))
 
 
 def difference(cells: Sequence[Cell], part: str) -> metrics.Difference:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -109,13 +110,13 @@ def condition(experiment: ModuleType, name: str, right: list[list[float]]) -> An
     """Of each data set two questions, scored alike in every figure of it; one row a seed."""
     answers = {task: experiment.HEADLINES[task].correctness[0] for task in experiment.CORRECTNESS}
     runs = []
-    for scores in right:
+    for seed, scores in enumerate(right):
         evaluations = {}
         for task in experiment.RETRIEVAL:
             figures = ["forced_success@1", *([answers[task]] if task in answers else [])]
             items = [{"id": f"q{i}", "scores": dict.fromkeys(figures, score)} for i, score in enumerate(scores)]
             evaluations[task] = Evaluation({}, items)
-        runs.append(Run(name, Path(name), {}, evaluations, {}, []))
+        runs.append(Run(name, Path(name), {"training": {"seed": seed}}, evaluations, {}, []))
     return experiment.Condition(name, tuple(runs))
 
 
@@ -129,6 +130,27 @@ def test_cells_compare_the_same_questions_over_all_seeds(experiment: ModuleType)
     assert "(12 questions, 2 seeds)" in told
     assert "in 0 of 13 cells" in experiment.cells([condition(experiment, "cosup", [[0, 0]]), theirs])
     assert experiment.cells([ours]) == ""
+
+
+def test_cells_compare_the_seeds_that_both_conditions_have(experiment: ModuleType) -> None:
+    ours, theirs = condition(experiment, "cosup", [[1, 1], [1, 0]]), condition(experiment, "separate", [[0, 1], [1, 0]])
+    backwards = replace(theirs, runs=theirs.runs[::-1])
+    assert experiment.cells([ours, backwards]) == experiment.cells([ours, theirs])
+    second = replace(theirs, runs=theirs.runs[1:])
+    alone = replace(ours, runs=ours.runs[1:])
+    assert experiment.cells([ours, second]) == experiment.cells([alone, second])
+    with pytest.raises(UserError, match="'cosup' and 'separate' have no seed in common"):
+        experiment.cells([replace(ours, runs=ours.runs[:1]), second])
+
+
+def test_mined_negatives_for_every_condition_are_refused(
+    experiment: ModuleType, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["run.py", "--data", str(source), "--out", str(tmp_path / "out"), "--set", "train.negatives=4"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match="the condition hard-negatives"):
+        experiment.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_sweeps_compare_with_the_first_seed_of_co_supervision(experiment: ModuleType) -> None:
@@ -176,6 +198,9 @@ def test_training_on_what_is_judged_is_refused(experiment: ModuleType, source: P
     with pytest.raises(UserError, match="'x' or its passage is in the evaluation"):
         experiment.Data(source, tmp_path / "made", questions=4, passages=50).make()
     assert not (tmp_path / "made" / "passages.jsonl").exists()
+    other = experiment.Data(source, tmp_path / "other", questions=4, passages=50)
+    with pytest.raises(UserError, match="is in the evaluation"):
+        other.make(["data.train=[dev/nq.jsonl.gz]"])
 
 
 def test_conditions_are_judged_by_themselves_and_the_released_model_as_it_comes_too(experiment: ModuleType) -> None:

@@ -81,6 +81,25 @@ def test_runs_of_one_name_that_differ_in_more_than_the_seed_are_refused(tmp_path
         conditions_of([read_run(run) for run in runs])
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"index": {"passages": 50_871}}, "the passages that are searched"),
+        ({"corpus": "other"}, "the passages that are searched"),
+        ({"tasks": {"nq": {"sha256": "other"}}}, "the questions of nq"),
+    ],
+)
+def test_runs_of_one_name_over_other_passages_or_questions_are_refused(
+    tmp_path: Path, changed: dict[str, object], told: str
+) -> None:
+    runs = [make_run(tmp_path / str(n), name="eval", right=5, seed=n) for n in range(2)]
+    for n, run in enumerate(runs):
+        settings = json.loads((run / "run.json").read_text()) | {"corpus": "one"}
+        (run / "run.json").write_text(json.dumps(settings | (changed if n else {})))
+    with pytest.raises(UserError, match=f"are all named 'eval' and differ in {told}"):
+        conditions_of([read_run(run) for run in runs])
+
+
 def test_the_interval_of_several_seeds_is_that_of_their_mean(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(n), name="ours", right=10, seed=n) for n in range(2)]
     (condition,) = conditions_of([read_run(run) for run in runs])
@@ -202,6 +221,11 @@ def test_no_run_an_unfinished_one_and_one_named_twice_are_user_errors(tmp_path: 
     run = make_run(tmp_path / "a", name="a", right=1)
     with pytest.raises(UserError, match="named twice"):
         write_report([run, run], tmp_path / "out")
+    curves = (run / "training.jsonl").read_text()
+    (run / "training.jsonl").write_text(curves[:-9])  # as a kill leaves it
+    with pytest.raises(UserError, match="or a damaged one"):
+        write_report([run], tmp_path / "out")
+    (run / "training.jsonl").write_text(curves)
     (run / "nq" / "figures.json").unlink()
     with pytest.raises(UserError, match="no finished data set"):
         write_report([run], tmp_path / "out")

@@ -99,6 +99,8 @@ def read_run(folder: Path) -> Run:
         settings = json.loads((folder / "run.json").read_text("utf-8"))
         finished = [task for task in settings["tasks"] if (folder / task / "figures.json").is_file()]
         evaluations = {task: Evaluation.load(folder / task) for task in finished}
+        curves = folder / "training.jsonl"
+        rows = [json.loads(line) for line in curves.read_text("utf-8").splitlines()] if curves.is_file() else []
     except FileNotFoundError:
         raise UserError(f"there is no evaluation run at {folder}: make one with `cosup evaluate --out`") from None
     except (ValueError, KeyError, TypeError, NotADirectoryError) as e:
@@ -106,9 +108,26 @@ def read_run(folder: Path) -> Run:
     if not finished:
         raise UserError(f"{folder} has no finished data set; go on with `cosup evaluate --out {folder}`")
     passages = {task: list(read_passages(folder / task / "passages.jsonl")) for task in finished}
-    curves = folder / "training.jsonl"
-    rows = [json.loads(line) for line in curves.read_text("utf-8").splitlines()] if curves.is_file() else []
     return Run(str(settings.get("name") or folder.name), folder, settings, evaluations, passages, rows)
+
+
+def _differs(one: Run, other: Run) -> str:
+    """In what two runs differ besides the seed; empty where in nothing, or where an older run does not tell."""
+    for key in ("mode", "own_candidates", "options", "training"):
+        if _apart_from_seed(one, key) != _apart_from_seed(other, key):
+            return key
+    (passages, files), (others, their_files) = map(_judged_on, (one, other))
+    if any(passages[key] != others[key] for key in passages.keys() & others.keys()):
+        return "the passages that are searched"
+    for task in files.keys() & their_files.keys():
+        if files[task] != their_files[task]:
+            return f"the questions of {task}"
+    return ""
+
+
+def _judged_on(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    passages = {"corpus": run.settings.get("corpus"), "count": run.settings.get("index", {}).get("passages")}
+    return {key: value for key, value in passages.items() if value is not None}, run.settings["tasks"]
 
 
 def _apart_from_seed(run: Run, key: str) -> Any:
@@ -125,10 +144,9 @@ def conditions_of(runs: Sequence[Run]) -> list[Condition]:
     names = list(dict.fromkeys(run.name for run in runs))
     for name in names:
         alike = [run for run in runs if run.name == name]
-        for key in ("mode", "own_candidates", "options", "training"):
-            if any(_apart_from_seed(run, key) != _apart_from_seed(alike[0], key) for run in alike):
-                raise UserError(
-                    f"{', '.join(str(run.folder) for run in alike)} are all named {name!r} and differ in {key}: "
-                    "evaluate with --name"
-                )
+        for what in filter(None, (_differs(run, alike[0]) for run in alike)):
+            raise UserError(
+                f"{', '.join(str(run.folder) for run in alike)} are all named {name!r} and differ in {what}: "
+                "evaluate with --name"
+            )
     return [Condition(name, tuple(run for run in runs if run.name == name)) for name in names]
