@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -495,6 +496,46 @@ def test_a_request_that_takes_too_long_is_told_and_frees_its_row(
     assert not stream or events[-2] == "data: [DONE]"
 
 
+def test_what_is_no_chat_has_limits_too(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = engine.model.embed_passages
+
+    def slow(passages: list[Passage]) -> Any:
+        time.sleep(0.1)
+        return embed(passages)
+
+    async def scene(address: str) -> list[int]:
+        body = {"model": "cosup", "input": ["x"] * 40}
+        async with httpx.AsyncClient(base_url=address, timeout=60) as http:
+            answers = await asyncio.gather(*(http.post("/v1/embeddings", json=body) for _ in range(4)))
+            return sorted(answer.status_code for answer in answers)
+
+    monkeypatch.setattr(engine.model, "embed_passages", slow)
+    with running(engine, limits=Limits(queue=0, request_seconds=0.3)) as address:
+        assert asyncio.run(scene(address)) == [429, 429, 504, 504]
+
+
+def test_those_who_ask_again_and_again_do_not_stop_the_answers(engine: Engine) -> None:
+    async def scene() -> list[Any]:
+        worker, busy = Worker(engine, queue_size=1), True
+
+        def again() -> None:
+            if busy:
+                worker._inbox.put(again)
+
+        worker.start()
+        worker._inbox.put(again)
+        prompt = engine.model.template.prompt(QUESTION, task="")
+        running = await worker.submit(prompt, replace(engine.options, max_new_tokens=3))
+        async with asyncio.timeout(30):
+            items = [item async for some in running.steps() for item in some]
+        busy = False
+        running.close()
+        await asyncio.to_thread(worker.stop)
+        return items
+
+    assert asyncio.run(scene())
+
+
 def test_draining_finishes_what_runs_and_refuses_the_rest(engine: Engine, held: threading.Event) -> None:
     body = {"model": "cosup", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12, **FIRST}
 
@@ -594,6 +635,27 @@ def test_an_index_that_fails_during_an_answer_is_logged_without_its_path(
     assert answer.status_code == 500
     assert "an answer ended early: the search of the index failed (OSError)" in caplog.text
     assert str(tmp_path) not in answer.text + caplog.text
+
+
+def test_candidates_that_can_not_be_read_end_one_request_and_no_other(
+    engine: Engine, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = engine.index.get
+
+    def broken(ids: Sequence[str]) -> list[Passage]:
+        if len(ids) > 1:  # the candidates that are told
+            raise UserError("the index is away")
+        return get(ids)
+
+    async def scene() -> list[int]:
+        body = {"model": "cosup", "messages": [{"role": "user", "content": QUESTION}]}
+        never, first = body | {"cosup": {"mode": "none"}, "max_tokens": 200}, body | FIRST
+        async with httpx.AsyncClient(base_url=address, timeout=60) as http:
+            answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=each) for each in (never, first)))
+            return [answer.status_code for answer in answers]
+
+    monkeypatch.setattr(engine.index, "get", broken)
+    assert asyncio.run(scene()) == [200, 500]
 
 
 def test_an_index_in_milvus_is_served_like_a_folder(engine: Engine, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Quotes:
 def text_read(passage: Passage, inserted: Sequence[int], template: Template) -> str:
     """How much of a passage's text Gen has read, of the ids that were inserted."""
     title = len(template.passage_text(passage)) - len(passage.text)  # and what stands between
-    return passage.text[: len(template.decode(inserted)) - title]
+    return passage.text[: max(len(template.decode(inserted)) - title, 0)]
 
 
 def _pieces(text: str) -> Iterator[str]:

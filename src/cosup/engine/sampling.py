@@ -37,7 +37,8 @@ def _sample(logits_MV: Tensor, options: Sequence[Options], draws: Sequence[float
         return torch.tensor(values, dtype=torch.float64, device=logits_MV.device)[:, None]
 
     vocabulary = logits_MV.shape[1]
-    scaled_MV = logits_MV.double() / column([each.temperature for each in options])
+    below_MV = logits_MV.double() - logits_MV.amax(-1, keepdim=True)  # else a tiny temperature leaves infinities
+    scaled_MV = below_MV / column([each.temperature for each in options])
     sorted_MV, order_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
     ranks_V = torch.arange(vocabulary, device=logits_MV.device)
     probabilities_MV = sorted_MV.masked_fill(

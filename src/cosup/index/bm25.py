@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,8 +60,9 @@ class BM25:
     def _start(self, ids: list[str], mean_length: float) -> None:
         self._ids, self._rows, self._mean_length = ids, {id: row for row, id in enumerate(ids)}, mean_length
         self._made_of = len(ids)
-        self._gone: list[int] = []
-        self._added: defaultdict[str, dict[int, float]] = defaultdict(dict)  # of a word: rows and what they score by it
+        self._gone = array("q")
+        self._added: defaultdict[str, tuple[array[int], array[float]]]  # of a word: rows, and what they score by it
+        self._added = defaultdict(lambda: (array("q"), array("f")))
 
     def __len__(self) -> int:
         """How many passages it ranks."""
@@ -85,11 +87,13 @@ class BM25:
             k1, b = self._retriever.k1, self._retriever.b
             saturation = k1 * (1 - b + b * len(words) / (self._mean_length or 1.0))
             for word, count in Counter(words).items():
-                self._added[word][row] = self._rarity(word) * count / (count + saturation)
+                rows, scores = self._added[word]
+                rows.append(row)
+                scores.append(self._rarity(word) * count / (count + saturation))
 
     def remove(self, ids: Sequence[str]) -> None:
         """Leaves passages out from now on; ids that are not there are passed over."""
-        self._gone += [self._rows.pop(id) for id in ids if id in self._rows]
+        self._gone.extend(self._rows.pop(id) for id in ids if id in self._rows)
 
     def _rarity(self, word: str) -> float:
         """The inverse document frequency, of the passages that this was made of."""
@@ -105,7 +109,7 @@ class BM25:
         Raises:
             ValueError: the corpus has no word, or was changed.
         """
-        if self._empty or self._gone or self._added:
+        if self._empty or self._gone or len(self._ids) > self._made_of:
             raise ValueError("only BM25 of some words, and as it was made, is saved")
         self._retriever.save(folder, show_progress=False, raise_on_serialization_error=True)
         kept = {"ids": self._ids, "mean_length": self._mean_length}
@@ -130,10 +134,9 @@ class BM25:
         words = _words(query)
         if words and not self._empty:
             scores_N[: self._made_of] = self._retriever.get_scores(words)
-        for word in words:
-            for row, score in self._added.get(word, {}).items():
-                scores_N[row] += score
-        scores_N[self._gone] = 0
+        for rows, scores in (self._added[word] for word in words if word in self._added):
+            scores_N[np.frombuffer(rows, np.int64)] += np.frombuffer(scores, np.float32)
+        scores_N[np.array(self._gone, np.int64)] = 0
         return scores_N
 
     def best(self, scores_N: Vectors, k: int) -> list[str]:

@@ -1,7 +1,9 @@
 """Searching by the state and by words at once: the inner product, and something more for words in common."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from cosup.config import UserError
 from cosup.data import Passage
 from cosup.index.bm25 import BM25
-from cosup.index.kept import bm25_of
+from cosup.index.kept import bm25_of, generation_of
 from cosup.index.lookup import meta_keys
 from cosup.index.parts import parts_of
 from cosup.index.protocol import Hit, Index, Vectors, WrappedIndex
@@ -86,46 +88,52 @@ class HybridIndex(WrappedIndex):
         scores_N = self.bm25.scores(text)
         unit = weight / (float(scores_N.max(initial=0.0)) or 1.0)
         ranked = {hit: hit.score + unit * self.bm25.of(hit.id, scores_N) for hit in near}
-        if len(near) >= max(k, POOL):  # else there are no others
+        depth = max(k, POOL)
+        if len(near) >= depth:  # else there are no others
             # what is not near scores less than what is: most that share some words can't come so high
             least, known = sorted(ranked.values())[-k] - near[-1].score, {hit.id for hit in near}
-            others = [id for id in self.bm25.best(scores_N, POOL) if id not in known]
-            others = [id for id in others if unit * self.bm25.of(id, scores_N) > least]
-            for id, vector_D in self._there(others, where):
+            found = self.bm25.best(scores_N, len(scores_N) if where else depth)
+            others = [id for id in found if id not in known and unit * self.bm25.of(id, scores_N) > least]
+            for id, vector_D in islice(self._there(others, where), depth):
                 score = float(np.dot(query_D, vector_D))
                 ranked[Hit(id, score)] = score + unit * self.bm25.of(id, scores_N)
         return sorted(ranked, key=lambda hit: -ranked[hit])[:k]
 
-    def _there(self, ids: list[str], where: Mapping[str, Any] | None) -> list[tuple[str, Vectors]]:
+    def _there(self, ids: list[str], where: Mapping[str, Any] | None) -> Iterator[tuple[str, Vectors]]:
         """Those that have these values, with their vectors; without one that somebody removed since BM25 was made."""
         wanted = set(meta_keys(where or {}))
+        for start in range(0, len(ids), POOL):
+            yield from self._known(ids[start : start + POOL], wanted)
+
+    def _known(self, ids: list[str], wanted: set[int]) -> list[tuple[str, Vectors]]:
         try:
             if wanted:
                 ids = [id for id, p in zip(ids, self.get(ids), strict=True) if wanted <= set(meta_keys(p.meta))]
             return list(zip(ids, self.vectors(ids), strict=True))
         except KeyError as e:
-            return self._there([id for id in ids if id != e.args[0]], where)
+            return self._known([id for id in ids if id != e.args[0]], wanted)
 
     def add(self, passages: Sequence[Passage], vectors_PD: Vectors) -> None:
         """See `Index.add`."""
-        gone = self._with_parts([passage.id for passage in passages])
-        super().add(passages, vectors_PD)
-        self._recount(gone, passages)
+        with self._recounting([passage.id for passage in passages], passages):
+            super().add(passages, vectors_PD)
 
     def remove(self, ids: Sequence[str]) -> int:
         """See `Index.remove`."""
-        gone = self._with_parts(ids)
-        removed = super().remove(ids)
-        self._recount(gone, [])
-        return removed
+        with self._recounting(ids, []):
+            return super().remove(ids)
 
-    def _with_parts(self, ids: Sequence[str]) -> list[str]:
-        return [] if self._bm25 is None else [one for id in ids for one in (id, *parts_of(self._index, id))]
-
-    def _recount(self, gone: Sequence[str], new: Sequence[Passage]) -> None:
+    @contextmanager
+    def _recounting(self, gone: Sequence[str], new: Sequence[Passage]) -> Iterator[None]:
         """Lets BM25 follow a change; it is made anew if it has outgrown what it was made of, or others changed more."""
-        if self._bm25 is not None:
-            self._bm25.remove(gone)
-            self._bm25.add(new)
-            if self._bm25.outgrown or len(self._bm25) != len(self._index):
-                self._bm25 = None
+        if self._bm25 is None:
+            yield
+            return
+        before = generation_of(self._index)
+        whole = [one for id in gone for one in (id, *parts_of(self._index, id))]
+        yield
+        self._bm25.remove(whole)
+        self._bm25.add(new)
+        others = generation_of(self._index) > before + 1
+        if others or self._bm25.outgrown or len(self._bm25) != len(self._index):
+            self._bm25 = None

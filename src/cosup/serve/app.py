@@ -4,9 +4,10 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from functools import wraps
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -97,6 +98,7 @@ class _Server:
         self.engine, self.name, self.limits, self.worker = engine, name, limits, worker
         self.metrics = Metrics(self.worker)
         self.created = int(time.time())
+        self._others = 0  # requests under way that are no chats
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -107,15 +109,20 @@ class _Server:
     def router(self) -> APIRouter:
         router = APIRouter(responses=_ERRORS)
         api = APIRouter(dependencies=[Depends(self.taking)])
-        add = api.add_api_route
+        add, limited = api.add_api_route, self._limited
         add("/v1/chat/completions", self.chat, methods=["POST"], response_model=wire.Completion)
-        add("/v1/embeddings", self.embeddings, methods=["POST"], response_model=wire.Embeddings)
+        add("/v1/embeddings", limited(self.embeddings), methods=["POST"], response_model=wire.Embeddings)
         add("/v1/models", self.models, methods=["GET"], response_model=wire.Models)
         add("/v1/models/{model}", self.model, methods=["GET"], response_model=wire.ModelCard)
-        add("/v1/search", self.search, methods=["POST"], response_model=wire.SearchResult)
-        add("/v1/passages", self.add_passages, methods=["POST"], response_model=wire.Added)
-        add("/v1/passages/{id:path}", self.passage, methods=["GET"], response_model=wire.PassageForm)
-        add("/v1/passages/{id:path}", self.remove_passage, methods=["DELETE"], response_model=wire.Removed)
+        add("/v1/search", limited(self.search), methods=["POST"], response_model=wire.SearchResult)
+        add("/v1/passages", limited(self.add_passages), methods=["POST"], response_model=wire.Added)
+        add("/v1/passages/{id:path}", limited(self.passage), methods=["GET"], response_model=wire.PassageForm)
+        add(
+            "/v1/passages/{id:path}",
+            limited(self.remove_passage),
+            methods=["DELETE"],
+            response_model=wire.Removed,
+        )
         router.include_router(api)
         add = router.add_api_route
         add("/healthz", self.health, methods=["GET"], response_class=PlainTextResponse)
@@ -128,6 +135,22 @@ class _Server:
     async def taking(self) -> None:
         """Refuses what comes while the server drains."""
         self.worker.check_ready()
+
+    def _limited(self, handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+        """A handler of what is no chat: as many at once as chats may be, each for as long as a chat may take."""
+
+        @wraps(handler)
+        async def limited(*arguments: Any, **named: Any) -> T:
+            if self._others >= self.worker.capacity:
+                raise BusyError(1)
+            self._others += 1
+            try:
+                async with asyncio.timeout(self.limits.request_seconds):
+                    return await handler(*arguments, **named)
+            finally:
+                self._others -= 1
+
+        return limited
 
     async def chat(self, request: Request, body: wire.ChatRequest) -> Any:
         """Answers a chat, with citations as annotations; as server-sent events if `stream` is true."""

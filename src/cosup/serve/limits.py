@@ -10,13 +10,14 @@ class Limits:
     """What a server accepts, and how long it waits.
 
     Args:
-        queue: requests that may wait while all rows are in use; one more is answered 429.
+        queue: chats that may wait while all rows are in use; one more is answered 429. As many other requests as chats
+            may be under way at once.
         body_bytes: largest body of a request.
         prompt_chars: most characters of all messages of a chat, or of a query.
         new_tokens: most tokens that a request may ask for.
         inputs: most texts in one request for embeddings, and most passages in one addition.
         passage_chars: most characters of a passage or of a text to embed.
-        request_seconds: time from a request's arrival to its last token.
+        request_seconds: time from a request's arrival to its last token, or to the answer of one that is no chat.
         drain_seconds: time that running requests have to finish after the signal to stop.
 
     Raises:

@@ -183,22 +183,32 @@ class Worker:
         self._fail_all()
 
     def _take(self) -> bool:
-        """Does what was asked since the last step; waits for something if nothing runs. False: stop."""
+        """Does what was asked before now; waits for something if nothing runs. False: stop.
+
+        What is asked meanwhile waits for the next step, so that those who ask again and again can't put it off.
+        """
         try:
             wait = not (self._session.active or self._session.waiting)
-            while True:
+            for _ in range(max(self._inbox.qsize(), 1)):
                 task = self._inbox.get(block=wait)
                 if task is None:
                     return False
                 task()
                 wait = False
         except queue.Empty:
-            return True
+            pass
+        return True
 
     def _deliver(self, events: Sequence[tuple[int, Event]]) -> None:
         items: defaultdict[int, list[Item]] = defaultdict(list)
         for number, event in events:
-            items[number].append(self._with_passages(event))
+            if number in self._outs:
+                try:
+                    items[number].append(self._with_passages(event))
+                except Exception as e:  # of the index; the other requests go on
+                    log.error("the passages of a request can't be read (%s); it ends", type(e).__name__)
+                    items.pop(number, None)
+                    self._fail(number)
         for number, each in items.items():
             if number in self._outs:
                 loop, out = self._outs[number]
@@ -229,11 +239,14 @@ class Worker:
         except KeyError:
             return None
 
+    def _fail(self, number: int) -> None:
+        loop, out = self._outs.pop(number)
+        self._session.cancel(number)
+        _tell(loop, out.put_nowait, FailedError())
+
     def _fail_all(self) -> None:
-        for number, (loop, out) in list(self._outs.items()):
-            self._session.cancel(number)
-            _tell(loop, out.put_nowait, FailedError())
-        self._outs.clear()
+        for number in list(self._outs):
+            self._fail(number)
         self._session = self.engine.session()
 
 
