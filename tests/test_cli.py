@@ -274,6 +274,7 @@ def test_an_index_is_planned_checked_searched_updated_and_emptied(
     assert "1 added, 0 changed, 0 with other meta alone, 1 removed, 11 unchanged; 12 passages" in updated
     assert "2 removed, 10 left" in run("index", "remove", "--index", index, "new", "p1", "gone").stdout
     assert "10 passages, kind flat" in run("index", "compact", "--index", index).stdout
+    assert "the query has" in refuse("index", "search", "x " * 9000, "--index", index, *model)
     assert "must be key=value" in refuse("index", "search", "x", "--index", index, *model, "--where", "source")
     assert "--dtype is 'bf16'" in refuse(
         "index", "build", *model, "--passages", corpus, "--out", index, "--dtype", "bf16"

@@ -1,6 +1,7 @@
 """Words beside the state: what a hybrid search finds, alone, in the engine and over the wire."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,19 @@ def test_where_holds_for_what_words_find_too(hybrid):
     assert _search(hybrid, "w17", where={"n": -1}) == []
 
 
+def test_with_where_words_look_as_far_as_it_takes(tmp_path):
+    side = {"side": "b"}
+    those = [Passage(f"p{n}", f"zebra stripes w{n}", meta={"side": "a"}) for n in range(150)]
+    far = Passage("far", "zebra stripes in a longer text that others surpass", meta=side)
+    others = [Passage(f"o{n}", f"passage w{n}", meta=side) for n in range(200)]
+    hybrid = HybridIndex(build_index([*those, far, *others], FakeEmbedder(), tmp_path / "where"))
+    away = -hybrid.vectors(["far"])
+    (everything,) = hybrid.search(away, 201, where=side)
+    assert everything[-1].id == "far"
+    (hits,) = hybrid.search(away, 5, words=["zebra stripes"], weight=9.0, where=side)
+    assert hits[0].id == "far"
+
+
 def test_what_is_added_and_removed_is_found_and_found_no_more(hybrid):
     _search(hybrid, "w1")
     hybrid.add([Passage("new", "zebra")], FakeEmbedder().embed_passages([Passage("", "far")]))
@@ -175,7 +189,12 @@ def test_a_corpus_without_words_can_grow_too(base):
 
 
 def test_one_that_was_changed_is_not_saved(tmp_path):
-    for change in (lambda bm25: bm25.add([Passage("new", "zebra")]), lambda bm25: bm25.remove(["p1"])):
+    changes = [
+        lambda bm25: bm25.add([Passage("new", "zebra")]),
+        lambda bm25: bm25.add([Passage("silent", "?")]),
+        lambda bm25: bm25.remove(["p1"]),
+    ]
+    for change in changes:
         bm25 = BM25(_passages(range(COUNT)))
         change(bm25)
         with pytest.raises(ValueError, match="as it was made"):
@@ -211,6 +230,15 @@ def test_bm25_follows_changes_until_more_was_added_than_it_was_made_of(hybrid, r
     _add(hybrid, *_passages(range(2 * COUNT, 2 * COUNT + 3)))
     assert _search(hybrid, f"w{2 * COUNT}", weight=3.0)[0].id == f"p{2 * COUNT}"
     assert remade == [COUNT + 1, 2 * COUNT + 2]
+
+
+def test_bm25_is_made_anew_when_somebody_else_has_changed_as_many(index, hybrid, remade):
+    _search(hybrid, "w17")
+    other = FaissIndex(index.folder)
+    other.add([Passage("p9", "gnu")], FakeEmbedder().embed_passages([Passage("p9", "gnu")]))
+    _add(hybrid, Passage("new", "zebra"))
+    assert _search(hybrid, "gnu", weight=3.0)[0].id == "p9"
+    assert remade == [COUNT, COUNT + 1]
 
 
 def test_parts_go_with_their_passage_and_what_a_duplicate_takes_over_is_found_by_its_words(tmp_path, remade):
@@ -393,6 +421,41 @@ def test_a_damaged_copy_is_made_anew(index: FaissIndex, made: list[int], name: s
     for expected in ([COUNT] * 2, [COUNT] * 2):
         assert _search(HybridIndex(index), "w17 v3") == first
         assert made == expected
+
+
+def test_what_another_process_puts_in_its_place_while_it_is_read_is_not_taken(
+    index: FaissIndex, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _search(HybridIndex(index), "w17")
+    old, load = FaissIndex(index.folder), BM25.load
+    new = Passage("new", "okapi")
+    index.add([new], FakeEmbedder().embed_passages([new]))
+
+    def meanwhile(folder: Path) -> BM25:
+        monkeypatch.setattr(BM25, "load", load)
+        _search(HybridIndex(index), "w17")
+        return load(folder)
+
+    monkeypatch.setattr(BM25, "load", meanwhile)
+    assert _search(HybridIndex(old), "w17", weight=9.0)[0].id == "p17"
+    assert made == [COUNT, COUNT + 1, COUNT]
+
+
+def test_bm25_of_a_folder_that_is_gone_is_kept_no_longer(index: FaissIndex, made: list[int], tmp_path: Path) -> None:
+    _search(HybridIndex(index), "w17")
+    other = build_index(_passages(range(COUNT)), FakeEmbedder(), tmp_path / "other")
+    shutil.rmtree(index.folder)
+    _search(HybridIndex(other), "w17")
+    assert len(list((cache_folder() / "bm25").iterdir())) == 1
+
+
+def test_without_a_home_nothing_is_kept(index: FaissIndex, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert _search(HybridIndex(index), "w17", weight=9.0)[0].id == "p17"
 
 
 def test_without_a_place_to_keep_it_or_a_word_in_the_corpus_it_is_made_each_time(

@@ -276,6 +276,12 @@ def test_a_damaged_manifest_is_named(folder, text):
     assert f"{folder / 'index.json'} is damaged" in _refused(folder)
 
 
+def test_a_manifest_that_can_not_be_read_is_named(folder):
+    (folder / "index.json").unlink()
+    (folder / "index.json").mkdir()
+    assert f"{folder / 'index.json'} can't be read: Is a directory" in _refused(folder)
+
+
 def test_a_newer_format_is_refused_with_its_version(folder):
     path = folder / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99, "shards": []}))

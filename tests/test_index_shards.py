@@ -167,6 +167,12 @@ def test_shards_in_a_store_named_by_a_uri_are_the_same(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("place", ["nope://x", "s3://"])
+def test_a_place_where_no_shards_can_be_is_told(tmp_path: Path, place: str) -> None:
+    with pytest.raises(UserError, match=f"no shards can be kept at {place} "):
+        build_index(corpus(5), SlowEmbedder(), tmp_path / "index", shards=place)
+
+
 def test_a_shard_whose_vectors_are_damaged_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "SHARD", 10)
     store = ShardStore(str(tmp_path / "store"))

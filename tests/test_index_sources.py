@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,3 +90,13 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no .parquet file"):
         list(Source([tmp_path / "empty"]))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"mine.jsonl can't be read \(Permission denied\)"):
+        Source([tmp_path / "mine.jsonl"]).count()

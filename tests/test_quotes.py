@@ -11,7 +11,7 @@ from test_engine import make_talkative, random_prompts
 from cosup.data import Passage
 from cosup.embedder import ModelEmbedder
 from cosup.engine import Engine, Options
-from cosup.engine.quotes import Quotes
+from cosup.engine.quotes import Quotes, text_read
 from cosup.engine.row import Row
 from cosup.index import Hit, build_index
 from cosup.model import CoSupModel
@@ -73,6 +73,13 @@ def test_nothing_is_quoted_that_was_not_read(t: Template) -> None:
     row.insert(hit, long)
     assert not {t.encode("Gold")[0], t.encode("not")[0]} & set(row.allowed or ())
     assert t.encode("Oslo")[0] in (row.allowed or ())
+
+
+def test_of_a_title_that_was_cut_no_text_was_read(t: Template) -> None:
+    passage = Passage("p", "Zebras were first seen here.", "A long title of many words. " * 9)
+    ids = t.encode(t.passage_text(passage))
+    assert text_read(passage, ids[:20], t) == ""
+    assert text_read(passage, ids, t) == passage.text
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -17,6 +17,13 @@ def test_without_a_temperature_the_likeliest_token_is_chosen() -> None:
     assert choose(logits, [Options()] * 6, [0.9] * 6) == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 1e-30])
+def test_the_smallest_temperature_chooses_the_likeliest_token(temperature: float) -> None:
+    logits = random_logits(6)
+    logits[0, :49] = -torch.inf
+    assert choose(logits, [Options(temperature=temperature)] * 6, [0.9] * 6) == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize(
     "options",
     [

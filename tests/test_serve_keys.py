@@ -35,6 +35,13 @@ def test_a_name_is_used_once(tmp_path: Path) -> None:
         add_key(tmp_path / "keys", "a", scopes=["read"])
 
 
+@pytest.mark.parametrize("name", ["", "x" * 101, "\udcff"])
+def test_a_name_that_no_key_can_have_is_told_and_leaves_no_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="no key can have the name"):
+        add_key(tmp_path / "keys", name, scopes=["read"])
+    assert not (tmp_path / "keys").exists()
+
+
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"keys": []}', b"\xff"])
 def test_missing_damaged_and_empty_files_are_told(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:

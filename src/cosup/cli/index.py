@@ -172,14 +172,16 @@ def search(
 ) -> None:
     """Search an index with the model's state at a [Ret] put right after the prompt."""
     from cosup import terminal
-    from cosup.engine import check_index
+    from cosup.engine import check_index, check_query
     from cosup.index import HybridIndex, open_index
     from cosup.model import CoSupModel
 
     opened, loaded = HybridIndex(open_index(index)), CoSupModel.load(model)
     check_index(loaded, opened)
     conditions = _conditions(where or [])
-    query_1D = loaded.query([loaded.template.prompt(query, task=task)])
+    prompt = loaded.template.prompt(query, task=task)
+    check_query(loaded, prompt)
+    query_1D = loaded.query([prompt])
     weight = loaded.settings.answers.hybrid if hybrid is None else hybrid
     (hits,) = opened.search(query_1D, k, where=conditions, words=[query], weight=weight)
     terminal.show_hits(hits, opened.get([hit.id for hit in hits]), query=query)

@@ -1,6 +1,6 @@
 """Retrieve-while-generating: Gen writes, its state at `[Ret]` searches the index, the passage is read, Gen goes on."""
 
-from cosup.engine.engine import Engine, check_index
+from cosup.engine.engine import Engine, check_index, check_query
 from cosup.engine.events import ClaimClosed, ClaimOpened, Event, Finished, Inserted, Retrieved, Token
 from cosup.engine.options import Mode, Options
 from cosup.engine.session import Seconds, Session
@@ -19,4 +19,5 @@ __all__ = [
     "Session",
     "Token",
     "check_index",
+    "check_query",
 ]

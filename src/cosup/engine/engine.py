@@ -97,3 +97,9 @@ def check_index(model: CoSupModel, index: Index) -> None:
             f"the index was built by another model (fingerprint {index.fingerprint[:12] or 'none'}, this one's is "
             f"{model.fingerprint[:12] or 'none'}); build it again with `cosup index build --model` and this model"
         )
+
+
+def check_query(model: CoSupModel, prompt: Sequence[int]) -> None:
+    """Raises UserError if the model can't read a prompt that is searched by."""
+    if len(prompt) >= model.context:
+        raise UserError(f"the query has {len(prompt):,} tokens, and the model reads at most {model.context:,}")

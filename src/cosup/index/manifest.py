@@ -128,6 +128,8 @@ def read_manifest(folder: Path) -> Manifest:
         unfinished = folder / "building"
         hint = "the build is not finished: run it again" if unfinished.is_dir() else "make one with `cosup index build`"
         raise UserError(f"there is no index at {folder}: {hint}") from None
+    except OSError as e:
+        raise UserError(f"{path} can't be read: {e.strerror}") from e
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, UserError):
             raise

@@ -36,14 +36,22 @@ class ShardStore:
 
     Args:
         place: a folder, or the URI of one in an object store that Arrow reaches (`s3://`, `gs://`, `hdfs://`).
+
+    Raises:
+        UserError: there can be none at this place.
     """
 
     def __init__(self, place: str):
         self.place = place
         if "://" in place:
-            self._fs, self._root = fs.FileSystem.from_uri(place)
-        else:
-            self._fs, self._root = fs.LocalFileSystem(), str(Path(place).absolute())
+            try:
+                self._fs, self._root = fs.FileSystem.from_uri(place)
+                self._fs.create_dir(self._root, recursive=True)
+            except (pa.ArrowException, OSError) as e:
+                reason = (str(e) or type(e).__name__).splitlines()[0]
+                raise UserError(f"no shards can be kept at {place} ({reason}); name another place") from e
+            return
+        self._fs, self._root = fs.LocalFileSystem(), str(Path(place).absolute())
         with explained(Path(self._root)):
             self._fs.create_dir(self._root, recursive=True)
 

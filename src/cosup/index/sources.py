@@ -69,8 +69,11 @@ def _count(name: str) -> int | None:
 
 
 def _lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    try:
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except OSError as e:
+        raise UserError(f"{path} can't be read ({e.strerror or e}); mend that, or name another file") from None
 
 
 def _parquet_files(name: str) -> list[Path]:

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cosup.config import UserError
 from cosup.data import Passage
-from cosup.engine import Engine, Options, Token
+from cosup.engine import Engine, Options, Token, check_query
 from cosup.index.protocol import PassageTooLargeError, Vectors
 from cosup.serve import wire
 from cosup.serve.answers import Answer
@@ -215,8 +215,7 @@ class _Server:
         model, index = self.engine.model, self.engine.index
         prompt = model.template.prompt(body.query, task=body.task)
         weight = (self.engine.options.hybrid or 0.0) if body.hybrid is None else body.hybrid
-        if len(prompt) >= model.context:
-            raise UserError(f"the query has {len(prompt):,} tokens, and the model reads at most {model.context:,}")
+        check_query(model, prompt)
 
         def run() -> list[wire.FoundPassage]:
             (hits,) = index.search(model.query([prompt]), body.top, words=[body.query], weight=weight)

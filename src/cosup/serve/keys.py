@@ -60,15 +60,18 @@ def add_key(path: Path, name: str, *, scopes: Sequence[Scope]) -> str:
     """Makes a key, adds its hash to the file, readable by its owner only, and returns the key.
 
     Raises:
-        UserError: the file is damaged, or has a key of this name.
+        UserError: the file is damaged, or has a key of this name, or no key can have such a name.
     """
     file = _read(path) if path.exists() else _File()
     if any(known.name == name for known in file.keys):
         raise UserError(f"{path} has a key named {name!r} already; choose another name")
     key = f"cosup-{secrets.token_urlsafe(32)}"
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    file.keys.append(_Key(name=name, scopes=list(scopes), sha256=_digest(key), created=created))
-    _write(path, file)
+    try:
+        made = _Key(name=name, scopes=list(scopes), sha256=_digest(key), created=created)
+    except ValidationError as e:
+        raise UserError(f"no key can have the name {name!r:.80}: {e.errors()[0]['msg']}") from None
+    _write(path, _File(keys=[*file.keys, made]))
     return key
 
 
