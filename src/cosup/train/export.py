@@ -13,8 +13,8 @@ from cosup.config import UserError, load_recipe
 from cosup.files import atomic_folder
 from cosup.model import CoSupModel, Dtype, compute_dtype, find_model
 from cosup.model.folders import retype, set_answers
-from cosup.train.checkpoints import load_trained, weights_in
-from cosup.train.run import model_card, start_model
+from cosup.train.checkpoints import holds_projection, load_trained, weights_in
+from cosup.train.run import are_strangers, model_card, start_model
 
 
 def export_model(
@@ -71,6 +71,11 @@ def _export_checkpoint(checkpoint: Path, out: Path, *, merge: bool) -> None:
     settings = load_recipe(recipe)
     model = start_model(settings).to(_dtype(checkpoint))
     load_trained(model, checkpoint)
+    if are_strangers(settings, model) and not holds_projection(checkpoint):
+        raise UserError(
+            f"{checkpoint} lacks its frozen projection, which an earlier version did not save: run `cosup train` again "
+            "to its end, and export the run"
+        )
     state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
     model.save(out, card=model_card(settings, state["log_history"]), merge=merge)
 
