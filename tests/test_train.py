@@ -268,6 +268,32 @@ def test_trackers_that_are_not_there_are_refused(tmp_path: Path, tracker: str, m
         trainer._arguments(TrainSection(report_to=(tracker,)), tmp_path, 0, examples=1)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "instead"),
+    [
+        ("weight_decay", 0.5, "set train.weight_decay instead"),
+        ("lr_scheduler_type", "cosine", "set train.schedule instead"),
+        ("warmup_steps", 100, "set train.warmup instead"),
+        ("gradient_checkpointing", True, "set train.activation_checkpointing instead"),
+        ("optim", "adafactor", "leave it out"),
+        ("neftune_noise_alpha", 5.0, "leave it out"),
+        ("label_smoothing_factor", 0.1, "leave it out"),
+    ],
+)
+def test_fields_of_the_trainer_without_effect_are_refused(
+    tmp_path: Path, field: str, value: object, instead: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^train\.trainer\.{field} has no effect here: {instead}$"):
+        trainer._arguments(TrainSection(trainer={field: value}), tmp_path, 0, examples=1)
+
+
+def test_other_fields_of_the_trainer_are_taken_and_the_keys_named_instead_of_them_are_ours(tmp_path: Path) -> None:
+    fields = {"dataloader_num_workers": 1, "logging_first_step": True}
+    arguments = trainer._arguments(TrainSection(trainer=fields), tmp_path, 0, examples=1)
+    assert (arguments.dataloader_num_workers, arguments.logging_first_step) == (1, True)
+    assert set(trainer._REFUSED.values()) <= {"", *TrainSection.model_fields}
+
+
 def test_the_budget_in_minutes_ends_a_run(recipe: dict, tmp_path: Path) -> None:
     run = train_recipe(with_train(recipe, max_steps=100_000, epochs=1e6, max_minutes=0.02), tmp_path / "run")
     assert 0 < rows_of(run)[-1]["step"] < 100_000

@@ -138,7 +138,7 @@ class TrainSection(Section):
     report_to: tuple[str, ...] = ()
     """Trackers besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`."""
     trainer: dict[str, Any] = {}
-    """Any other field of transformers.TrainingArguments."""
+    """Any other field of transformers.TrainingArguments; one without effect here is refused."""
 
     def steps(self, examples: int) -> int:
         """Optimisation steps of a run over so many examples: by epochs or by `max_steps`, whichever ends first."""
