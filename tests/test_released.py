@@ -9,12 +9,14 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from cosup.cli import app
-from cosup.config import RELEASED, load_recipe
+from cosup.config import RELEASED, Recipe, load_recipe
 from cosup.data import Passage, write_records
+from cosup.demo import demo_recipe
 from cosup.embedder import ModelEmbedder
 from cosup.engine import Engine, Options
 from cosup.index import FaissIndex, build_index
 from cosup.model import CoSupModel, find_model
+from cosup.model.folders import read_settings
 
 FOLDER = find_model(Path(RELEASED))
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -42,6 +44,20 @@ def model() -> CoSupModel:
 @pytest.fixture(scope="module")
 def index(model: CoSupModel, tmp_path_factory: pytest.TempPathFactory) -> FaissIndex:
     return build_index(PASSAGES, ModelEmbedder(model), tmp_path_factory.mktemp("released") / "index")
+
+
+@pytest.mark.parametrize(
+    "recipe", [demo_recipe(Path("data"), 1.0), load_recipe(RECIPES / "cosup-smollm2-135m-further.yaml")]
+)
+def test_recipes_that_go_on_from_it_say_what_its_adapters_are(recipe: Recipe) -> None:
+    lora = recipe.model.lora
+    assert lora is not None
+    for part in ("gen", "emb"):
+        config = json.loads((FOLDER / part / "adapter_config.json").read_text("utf-8"))
+        assert (lora.rank, lora.alpha, lora.dropout) == (config["r"], config["lora_alpha"], config["lora_dropout"])
+    assert not lora.targets
+    assert recipe.model.pooling == "auto"
+    assert recipe.data.max_passage_tokens == read_settings(FOLDER).template.max_passage_tokens
 
 
 def test_it_is_at_most_24_mb_of_adapters_in_bfloat16() -> None:
