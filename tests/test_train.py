@@ -23,6 +23,7 @@ from cosup.model import CoSupModel
 from cosup.train import (
     MasterAdamW,
     NeighbourSampler,
+    checkpoints_in,
     collate,
     load_data,
     objective_loss,
@@ -298,6 +299,15 @@ def test_the_budget_in_minutes_ends_a_run(recipe: dict, tmp_path: Path) -> None:
     run = train_recipe(with_train(recipe, max_steps=100_000, epochs=1e6, max_minutes=0.02), tmp_path / "run")
     assert 0 < rows_of(run)[-1]["step"] < 100_000
     assert (run / "model" / "cosup.json").is_file()
+
+
+def test_a_run_that_the_budget_ends_is_judged_by_the_dev_set_at_its_last_step(recipe: dict, tmp_path: Path) -> None:
+    recipe["data"]["dev"] = ["questions.jsonl"]
+    run = train_recipe(with_train(recipe, epochs=1e6, max_steps=None, max_minutes=0.02, eval_steps=10_000), tmp_path)
+    last = rows_of(run)[-1]["step"]
+    assert 1 < last < 10_000
+    assert [row["step"] for row in rows_of(run) if "eval_loss" in row] == [last]
+    assert [checkpoint.name for checkpoint in checkpoints_in(run / "checkpoints")] == [f"checkpoint-{last}"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(recipe: dict, tmp_path: Path) -> None:

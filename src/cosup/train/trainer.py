@@ -317,10 +317,12 @@ class Clock(TrainerCallback):
             self._agree()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ends the run when the budget is spent."""
+        """Ends the run when the budget is spent; its last step is judged, and saved, where there is a dev set."""
         if self._budget and self._now >= self._budget:
             control.should_training_stop = True
             control.should_log = True
+            if args.eval_strategy == "steps":
+                control.should_evaluate = control.should_save = True
 
 
 class MetricsFile(TrainerCallback):
