@@ -130,6 +130,16 @@ def test_adapters_stay_adapters_unless_they_are_merged_and_give_the_same_vectors
             assert CoSupModel.load(out, dtype="float32").embed_passages(passages) == pytest.approx(vectors, abs=3e-5)
 
 
+def test_adapters_without_a_model_card_are_merged_into_a_folder_with_an_empty_one(
+    tiny_adapters: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_adapters, tmp_path / "adapters")
+    (tmp_path / "adapters" / "README.md").unlink()
+    export_model(tmp_path / "adapters", tmp_path / "out", merge=True)
+    assert (tmp_path / "out" / "gen" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "README.md").read_text() == ""
+
+
 def test_what_is_no_checkpoint_is_refused(recipe: Any, tmp_path: Path) -> None:
     run = train_recipe(recipe(), tmp_path / "run")
     with pytest.raises(UserError, match="there is no model at"):

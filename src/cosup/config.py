@@ -151,7 +151,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")]
     """Name of the run; its folder is `runs/<name>` unless `--out` says otherwise."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Everything random follows from it."""
     model: ModelSection = ModelSection()
     data: DataSection

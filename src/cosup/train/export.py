@@ -54,7 +54,9 @@ def _export(source: Path, out: Path, new: Path, *, merge: bool) -> None:
     if folder.resolve() == out.resolve():
         raise UserError(f"{out} is the model itself; name another folder with --out")
     if merge and any(folder.glob("*/adapter_config.json")):
-        CoSupModel.load(folder, dtype="float32", device="cpu").save(new, card=(folder / "README.md").read_text("utf-8"))
+        card = folder / "README.md"
+        text = card.read_text("utf-8") if card.is_file() else ""
+        CoSupModel.load(folder, dtype="float32", device="cpu").save(new, card=text)
     else:
         shutil.copytree(folder, new, dirs_exist_ok=True)
 
