@@ -17,6 +17,7 @@ from cosup.engine import Engine, Options
 from cosup.index import FaissIndex, build_index
 from cosup.model import CoSupModel, find_model
 from cosup.model.folders import read_settings
+from cosup.model.lms import place_of
 
 FOLDER = find_model(Path(RELEASED))
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -58,6 +59,25 @@ def test_recipes_that_go_on_from_it_say_what_its_adapters_are(recipe: Recipe) ->
     assert not lora.targets
     assert recipe.model.pooling == "auto"
     assert recipe.data.max_passage_tokens == read_settings(FOLDER).template.max_passage_tokens
+
+
+def test_its_name_means_it_also_beside_a_folder_of_that_name_which_its_whole_path_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model(Path(RELEASED)) == place_of(RELEASED, "gen").parent == FOLDER
+    assert not caplog.records
+    local = tmp_path / RELEASED
+    (local / "gen").mkdir(parents=True)
+    (local / "cosup.json").write_text("{}")
+    assert find_model(Path(RELEASED)) == place_of(RELEASED, "gen").parent == FOLDER
+    (record,) = caplog.records
+    assert (
+        record.getMessage()
+        == f"{RELEASED} is the model that comes with cosup; name {local} by this whole path to mean it"
+    )
+    assert find_model(local) == place_of(str(local), "gen").parent == local
+    assert len(caplog.records) == 1
 
 
 def test_it_is_at_most_24_mb_of_adapters_in_bfloat16() -> None:
