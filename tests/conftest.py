@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from cosup.config import LoraSection, ModelSection
 from cosup.data import Evidence, Example, Passage, Question, Text
@@ -63,6 +63,16 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=fast.eos_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_stranger(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random one-layer Llama of hidden size 16, of which only an Emb_seq with a projection is made."""
+    folder = tmp_path_factory.mktemp("tiny-stranger")
+    config = LlamaConfig.from_pretrained(tiny_lm, hidden_size=16, num_hidden_layers=1)
+    LlamaModel(config).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(tiny_lm).save_pretrained(folder)
     return folder
 
 

@@ -19,6 +19,7 @@ from cosup.data import Evidence, Example, Passage, write_records
 from cosup.model import AnswerSettings, CoSupModel
 from cosup.model.lms import body_of
 from cosup.model.packing import packed
+from cosup.template import TemplateSettings
 from cosup.train import start_model, train_recipe
 
 ON = [("gen", "emb"), ("gen",), ("emb",)]
@@ -290,12 +291,18 @@ def test_saved_adapters_go_on_being_trained_as_they_were(
     assert CoSupModel.load(tmp_path / "again").fingerprint == CoSupModel.load(tmp_path / "first").fingerprint
 
 
+LORA: dict[str, Any] = {"rank": 2, "alpha": 4}
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"lora": {"rank": 3, "alpha": 4}}, "model.lora.rank is 3, and the adapters at .* have 2"),
         ({"lora": {"rank": 2, "alpha": 5}}, "model.lora.alpha is 5, and the adapters at .* have 4"),
+        ({"lora": LORA | {"dropout": 0.5}}, "model.lora.dropout is 0.5, and the adapters at .* have 0:"),
+        ({"lora": LORA | {"targets": ["q_proj"]}}, "model.lora.targets is q_proj, and .* have down_proj, gate_"),
         ({"emb": "gen"}, "goes on as it is, with model.emb .* and not 'gen'"),
+        ({"pooling": "mean"}, "goes on as it is, with model.pooling 'last' and not 'mean'"),
         ({"lora": None}, "holds adapters, not whole weights"),
     ],
 )
@@ -303,6 +310,18 @@ def test_adapters_do_not_go_on_as_something_else(
     changes: dict[str, Any], sentence: str, tiny_lm: Path, tmp_path: Path
 ) -> None:
     start(tiny_lm).save(tmp_path / "first")
-    raw = {"gen": str(tmp_path / "first"), "lora": {"rank": 2, "alpha": 4}} | changes
+    raw = {"gen": str(tmp_path / "first"), "lora": LORA} | changes
     with pytest.raises(UserError, match=sentence):
         CoSupModel.start(ModelSection.model_validate(raw))
+
+
+def test_adapters_go_on_under_the_same_said_in_other_words_and_with_passages_of_the_same_length(
+    tiny_lm: Path, tmp_path: Path
+) -> None:
+    start(tiny_lm).save(tmp_path / "first")
+    targets = ["v_proj", "q_proj", "k_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+    raw = {"gen": str(tmp_path / "first"), "lora": LORA | {"targets": targets}, "pooling": "last"}
+    section = ModelSection.model_validate(raw)
+    assert CoSupModel.start(section, template=TemplateSettings()).settings.pooling == "last"
+    with pytest.raises(UserError, match=r"goes on as it is, with data\.max_passage_tokens 256 and not 8: change that"):
+        CoSupModel.start(section, template=TemplateSettings(max_passage_tokens=8))

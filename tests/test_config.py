@@ -135,6 +135,8 @@ def test_an_unknown_key_is_answered_with_the_nearest_valid_one(write, key, neare
         ("train.objective=both", "train.objective: input should be 'ntp', 'nsp', 'ntp+nsp' or 'separate', not 'both'"),
         ("data.train=[]", "data.train: "),
         ("name=a/b", "name: "),
+        ("seed=-1", "seed: input should be greater than or equal to 0, not -1"),
+        ("seed=4294967296", "seed: input should be less than 4294967296, not 4294967296"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(write, override, said):

@@ -47,6 +47,9 @@ def test_start_over_removes_a_demo_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the folder of a demo"):
         demo.start_over()
     assert (tmp_path / "notes" / "mine.txt").exists()
+    file = Demo(tmp_path / "notes" / "mine.txt", minutes=1, counter=None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="not the folder of a demo"):
+        file.start_over()
     mine = Demo(tmp_path / "demo", minutes=1, counter=None)  # type: ignore[arg-type]
     mine.build_data()
     mine.start_over()

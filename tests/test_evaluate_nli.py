@@ -132,6 +132,24 @@ def test_a_premise_that_is_too_long_is_cut_and_the_hypothesis_is_kept(classifier
     assert nli.entails([(endless, "Lima stands."), (endless, "Rome stands.")]) == [True, False]
 
 
+def test_a_hypothesis_is_cut_only_where_it_alone_is_longer_than_what_is_read(
+    classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nli, read = HuggingFaceNli(str(classifier)), []
+    forward = nli._model.forward
+    monkeypatch.setattr(nli._model, "forward", lambda **batch: read.append(batch["input_ids"]) or forward(**batch))
+    premise = "Lima stands on a river, " + "and it rains there " * 9
+    whole, endless = ("and it rains there " * times + "Lima stands." for times in (4, 9))  # 19 and 39 of 21 tokens
+    pairs = [(premise, whole), (premise, endless), ("Lima", endless), ("", whole)]
+    together = nli.entails(pairs)
+    for ids in read:
+        assert ids.shape[1] == 24
+    words = nli._tokenizer.batch_decode(read[0])
+    assert words[0].split()[:5] == ["[CLS]", "Lima", "stands", "[SEP]", "and"]
+    assert all(row.replace(" [PAD]", "").endswith("there Lima stands . [SEP]") for row in words)
+    assert together == [answer for pair in pairs for answer in nli.entails([pair])]
+
+
 def test_a_pair_is_asked_once_also_in_the_next_run_and_after_a_kill(folder: Path, tmp_path: Path) -> None:
     asked: list[tuple[str, str]] = []
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_step import two_processes, wrap
+from test_train import forget_projection
 
 from cosup.cli import app
 from cosup.config import Recipe, UserError, parse_recipe
@@ -22,14 +23,16 @@ def recipe(tiny_lm: Path, tmp_path: Path, passages: list[Passage]) -> Any:
     write_records(tmp_path / "passages.jsonl", passages)
     write_records(tmp_path / "examples.jsonl", examples)
 
-    def make(dtype: str = "float32", lora: dict[str, Any] | None = None) -> Recipe:
+    def make(
+        dtype: str = "float32", lora: dict[str, Any] | None = None, emb: Path | None = None, freeze: tuple = ()
+    ) -> Recipe:
         train = {"batch_size": 4, "max_steps": 4, "epochs": 9, "save_steps": 2, "dtype": dtype, "log_steps": 2}
         return parse_recipe(
             {
                 "name": "tiny",
-                "model": {"gen": str(tiny_lm), "lora": lora},
+                "model": {"gen": str(tiny_lm), "lora": lora, "emb": emb and str(emb)},
                 "data": {"folder": str(tmp_path), "train": ["examples.jsonl"], "passages": ["passages.jsonl"]},
-                "train": train,
+                "train": train | {"freeze": freeze},
             }
         )
 
@@ -69,6 +72,32 @@ def test_the_last_checkpoint_becomes_the_same_folder_as_the_finished_model(
     assert "- ntp: " in (tmp_path / "last" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("freeze", [(), ("projection",)])
+def test_a_projection_is_exported_as_it_was_fitted_whether_it_is_trained_or_not(
+    recipe: Any, tiny_stranger: Path, tmp_path: Path, freeze: tuple[str, ...]
+) -> None:
+    settings = recipe(emb=tiny_stranger, freeze=freeze)
+    run = train_recipe(settings, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    export_model(checkpoint, tmp_path / "out")
+    assert "projection.safetensors" in weights(tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(run / "model")
+    two_processes(spread, tmp_path, settings, checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    export_model(checkpoint, tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(run / "model")
+
+
+def test_a_checkpoint_of_before_without_its_frozen_projection_is_refused(
+    recipe: Any, tiny_stranger: Path, tmp_path: Path
+) -> None:
+    run = train_recipe(recipe(emb=tiny_stranger, freeze=("projection",)), tmp_path / "run")
+    forget_projection(run / "checkpoints" / "checkpoint-4")
+    with pytest.raises(UserError, match="lacks its frozen projection, which an earlier version did not save"):
+        export_model(run / "checkpoints" / "checkpoint-4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def spread(rank: int, folder: Path, settings: Recipe, checkpoint: Path) -> None:
     """Writes the weights of a checkpoint anew, as a run under FSDP2 writes them."""
     model = start_model(settings)
@@ -99,6 +128,16 @@ def test_adapters_stay_adapters_unless_they_are_merged_and_give_the_same_vectors
             assert (out / "gen" / "adapter_config.json").is_file() is not merge
             assert (out / "gen" / "model.safetensors").is_file() is merge
             assert CoSupModel.load(out, dtype="float32").embed_passages(passages) == pytest.approx(vectors, abs=3e-5)
+
+
+def test_adapters_without_a_model_card_are_merged_into_a_folder_with_an_empty_one(
+    tiny_adapters: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_adapters, tmp_path / "adapters")
+    (tmp_path / "adapters" / "README.md").unlink()
+    export_model(tmp_path / "adapters", tmp_path / "out", merge=True)
+    assert (tmp_path / "out" / "gen" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "README.md").read_text() == ""
 
 
 def test_what_is_no_checkpoint_is_refused(recipe: Any, tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from cosup.cli import app
-from cosup.config import RELEASED, load_recipe
+from cosup.config import RELEASED, Recipe, load_recipe
 from cosup.data import Passage, write_records
+from cosup.demo import demo_recipe
 from cosup.embedder import ModelEmbedder
 from cosup.engine import Engine, Options
 from cosup.index import FaissIndex, build_index
 from cosup.model import CoSupModel, find_model
+from cosup.model.folders import read_settings
+from cosup.model.lms import place_of
 
 FOLDER = find_model(Path(RELEASED))
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -42,6 +45,39 @@ def model() -> CoSupModel:
 @pytest.fixture(scope="module")
 def index(model: CoSupModel, tmp_path_factory: pytest.TempPathFactory) -> FaissIndex:
     return build_index(PASSAGES, ModelEmbedder(model), tmp_path_factory.mktemp("released") / "index")
+
+
+@pytest.mark.parametrize(
+    "recipe", [demo_recipe(Path("data"), 1.0), load_recipe(RECIPES / "cosup-smollm2-135m-further.yaml")]
+)
+def test_recipes_that_go_on_from_it_say_what_its_adapters_are(recipe: Recipe) -> None:
+    lora = recipe.model.lora
+    assert lora is not None
+    for part in ("gen", "emb"):
+        config = json.loads((FOLDER / part / "adapter_config.json").read_text("utf-8"))
+        assert (lora.rank, lora.alpha, lora.dropout) == (config["r"], config["lora_alpha"], config["lora_dropout"])
+    assert not lora.targets
+    assert recipe.model.pooling == "auto"
+    assert recipe.data.max_passage_tokens == read_settings(FOLDER).template.max_passage_tokens
+
+
+def test_its_name_means_it_also_beside_a_folder_of_that_name_which_its_whole_path_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model(Path(RELEASED)) == place_of(RELEASED, "gen").parent == FOLDER
+    assert not caplog.records
+    local = tmp_path / RELEASED
+    (local / "gen").mkdir(parents=True)
+    (local / "cosup.json").write_text("{}")
+    assert find_model(Path(RELEASED)) == place_of(RELEASED, "gen").parent == FOLDER
+    (record,) = caplog.records
+    assert (
+        record.getMessage()
+        == f"{RELEASED} is the model that comes with cosup; name {local} by this whole path to mean it"
+    )
+    assert find_model(local) == place_of(str(local), "gen").parent == local
+    assert len(caplog.records) == 1
 
 
 def test_it_is_at_most_24_mb_of_adapters_in_bfloat16() -> None:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from cosup.config import Recipe, TrainSection, UserError, parse_recipe
 from cosup.data import Evidence, Example, Passage, Question, write_records
+from cosup.files import sha256
 from cosup.model import CoSupModel
 from cosup.train import (
     MasterAdamW,
     NeighbourSampler,
+    checkpoints_in,
     collate,
     load_data,
     objective_loss,
@@ -190,12 +194,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe: dic
 
 @pytest.mark.parametrize("freeze", [[], ["projection"]])
 def test_a_run_fits_the_projection_of_a_stranger_before_its_first_step(
-    recipe: dict, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze: list[str]
+    recipe: dict, tiny_stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze: list[str]
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
-    GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "emb")
-    tokenizer.save_pretrained(tmp_path / "emb")
-    recipe["model"]["emb"] = str(tmp_path / "emb")
+    recipe["model"]["emb"] = str(tiny_stranger)
     recipe["train"] |= {"freeze": freeze, "save_steps": 2}
     fits, fit = [], CoSupModel.fit_projection
     monkeypatch.setattr(CoSupModel, "fit_projection", lambda *it: fits.append(fit(*it)))
@@ -206,7 +207,7 @@ def test_a_run_fits_the_projection_of_a_stranger_before_its_first_step(
         train_recipe(parse_recipe(recipe), tmp_path / "run", callbacks=[Interrupt(3)])
     assert len(fits) == 2
     run = train_recipe(parse_recipe(recipe), tmp_path / "run")
-    assert len(fits) == (3 if freeze else 2), "a checkpoint holds what is trained, and nothing else"
+    assert len(fits) == 2, "a checkpoint holds it, trained or not"
     found, expected = (CoSupModel.load(r, dtype="float32", device="cpu").projection for r in (run, whole))
     assert found is not None
     assert expected is not None
@@ -214,6 +215,30 @@ def test_a_run_fits_the_projection_of_a_stranger_before_its_first_step(
     start = start_model(parse_recipe(recipe)).projection
     assert start is not None
     assert torch.dist(found.weight, start.weight) > 1, "it is as it was"
+
+
+def test_a_checkpoint_of_before_that_lacks_a_frozen_projection_goes_on_with_it_fitted_again(
+    recipe: dict, tiny_stranger: Path, tmp_path: Path
+) -> None:
+    recipe["model"]["emb"] = str(tiny_stranger)
+    settings = with_train(recipe, freeze=["projection"], save_steps=2)
+    whole = train_recipe(settings, tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "before")
+    shutil.rmtree(tmp_path / "before" / "model")
+    shutil.rmtree(tmp_path / "before" / "checkpoints" / "checkpoint-4")
+    forget_projection(tmp_path / "before" / "checkpoints" / "checkpoint-2")
+    run = train_recipe(settings, tmp_path / "before")
+    for file in (Path("projection.safetensors"), Path("gen") / "model.safetensors"):
+        assert (run / "model" / file).read_bytes() == (whole / "model" / file).read_bytes()
+
+
+def forget_projection(checkpoint: Path) -> None:
+    """Makes of a checkpoint one that an earlier version wrote."""
+    file, sums = checkpoint / "model.safetensors", checkpoint / "checksums.json"
+    weights = load_file(file)
+    del weights["projection.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    sums.write_text(json.dumps(json.loads(sums.read_text()) | {file.name: sha256(file)}))
 
 
 def test_a_run_ends_by_epochs_or_by_steps_whichever_comes_first(recipe: dict, tmp_path: Path) -> None:
@@ -244,10 +269,45 @@ def test_trackers_that_are_not_there_are_refused(tmp_path: Path, tracker: str, m
         trainer._arguments(TrainSection(report_to=(tracker,)), tmp_path, 0, examples=1)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "instead"),
+    [
+        ("weight_decay", 0.5, "set train.weight_decay instead"),
+        ("lr_scheduler_type", "cosine", "set train.schedule instead"),
+        ("warmup_steps", 100, "set train.warmup instead"),
+        ("gradient_checkpointing", True, "set train.activation_checkpointing instead"),
+        ("optim", "adafactor", "leave it out"),
+        ("neftune_noise_alpha", 5.0, "leave it out"),
+        ("label_smoothing_factor", 0.1, "leave it out"),
+    ],
+)
+def test_fields_of_the_trainer_without_effect_are_refused(
+    tmp_path: Path, field: str, value: object, instead: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^train\.trainer\.{field} has no effect here: {instead}$"):
+        trainer._arguments(TrainSection(trainer={field: value}), tmp_path, 0, examples=1)
+
+
+def test_other_fields_of_the_trainer_are_taken_and_the_keys_named_instead_of_them_are_ours(tmp_path: Path) -> None:
+    fields = {"dataloader_num_workers": 1, "logging_first_step": True}
+    arguments = trainer._arguments(TrainSection(trainer=fields), tmp_path, 0, examples=1)
+    assert (arguments.dataloader_num_workers, arguments.logging_first_step) == (1, True)
+    assert set(trainer._REFUSED.values()) <= {"", *TrainSection.model_fields}
+
+
 def test_the_budget_in_minutes_ends_a_run(recipe: dict, tmp_path: Path) -> None:
     run = train_recipe(with_train(recipe, max_steps=100_000, epochs=1e6, max_minutes=0.02), tmp_path / "run")
     assert 0 < rows_of(run)[-1]["step"] < 100_000
     assert (run / "model" / "cosup.json").is_file()
+
+
+def test_a_run_that_the_budget_ends_is_judged_by_the_dev_set_at_its_last_step(recipe: dict, tmp_path: Path) -> None:
+    recipe["data"]["dev"] = ["questions.jsonl"]
+    run = train_recipe(with_train(recipe, epochs=1e6, max_steps=None, max_minutes=0.02, eval_steps=10_000), tmp_path)
+    last = rows_of(run)[-1]["step"]
+    assert 1 < last < 10_000
+    assert [row["step"] for row in rows_of(run) if "eval_loss" in row] == [last]
+    assert [checkpoint.name for checkpoint in checkpoints_in(run / "checkpoints")] == [f"checkpoint-{last}"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(recipe: dict, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class TrainSection(Section):
     report_to: tuple[str, ...] = ()
     """Trackers besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`."""
     trainer: dict[str, Any] = {}
-    """Any other field of transformers.TrainingArguments."""
+    """Any other field of transformers.TrainingArguments; one without effect here is refused."""
 
     def steps(self, examples: int) -> int:
         """Optimisation steps of a run over so many examples: by epochs or by `max_steps`, whichever ends first."""
@@ -151,7 +151,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")]
     """Name of the run; its folder is `runs/<name>` unless `--out` says otherwise."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Everything random follows from it."""
     model: ModelSection = ModelSection()
     data: DataSection

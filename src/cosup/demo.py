@@ -60,7 +60,7 @@ class Demo:
         """Removes what earlier demos left; refuses a folder that is not a demo's."""
         if not self.folder.exists():
             return
-        if any(self.folder.iterdir()) and not (self.folder / "worldfacts").is_dir():
+        if not self.folder.is_dir() or (any(self.folder.iterdir()) and not (self.folder / "worldfacts").is_dir()):
             raise UserError(f"{self.folder} is not the folder of a demo, so it is not removed; name another with --out")
         shutil.rmtree(self.folder)
 

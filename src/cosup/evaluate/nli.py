@@ -65,7 +65,8 @@ class CachedNli:
 class HuggingFaceNli:
     """A Hugging Face model: one that writes 1 or 0 (TRUE), or a classifier of pairs with an entailment label.
 
-    A pair that is longer than the model reads loses words of its premise first.
+    A pair that is longer than the model reads loses words of its premise; a hypothesis is cut only where it alone is
+    longer.
 
     Args:
         name: of the model, or its folder.
@@ -93,17 +94,29 @@ class HuggingFaceNli:
     def entails(self, pairs: Sequence[Pair]) -> list[bool]:
         """See `Nli.entails`."""
         if self._entailment is None:
-            texts: list[Any] = [[f"premise: {premise} hypothesis: {hypothesis}" for premise, hypothesis in pairs]]
-        else:
-            texts = [[premise for premise, _ in pairs], [hypothesis for _, hypothesis in pairs]]
-        batch = self._tokenizer(
-            *texts, padding=True, truncation=self._limit is not None, max_length=self._limit, return_tensors="pt"
-        ).to(self._model.device)
-        if self._entailment is not None:
-            chosen = self._model(**batch).logits.argmax(-1).tolist()
-            return [row == self._entailment for row in chosen]
+            return self._written(pairs)
+        room = self._limit - self._tokenizer.num_special_tokens_to_add(pair=True)
+        fits = {pair: len(self._tokenizer.encode(pair[1], add_special_tokens=False)) < room for pair in pairs}
+        judged = self._classified([pair for pair in fits if fits[pair]], cut="only_first")
+        judged |= self._classified([pair for pair in fits if not fits[pair]], cut="longest_first")
+        return [judged[pair] for pair in pairs]
+
+    def _classified(self, pairs: Sequence[Pair], *, cut: str) -> dict[Pair, bool]:
+        if not pairs:
+            return {}
+        batch = self._tokens([premise for premise, _ in pairs], [hypothesis for _, hypothesis in pairs], cut=cut)
+        chosen = self._model(**batch).logits.argmax(-1).tolist()
+        return {pair: row == self._entailment for pair, row in zip(pairs, chosen, strict=True)}
+
+    def _written(self, pairs: Sequence[Pair]) -> list[bool]:
+        texts = [f"premise: {premise} hypothesis: {hypothesis}" for premise, hypothesis in pairs]
+        batch = self._tokens(texts, cut=self._limit is not None)
         written = self._model.generate(**batch, max_new_tokens=4, do_sample=False)
         return [said.strip() == "1" for said in self._tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    def _tokens(self, *texts: list[str], cut: str | bool) -> Any:
+        batch = self._tokenizer(*texts, padding=True, truncation=cut, max_length=self._limit, return_tensors="pt")
+        return batch.to(self._model.device)
 
 
 def entailment_label(config: Any) -> int | None:

@@ -94,14 +94,30 @@ def load_trainable(folder: Path, lora: LoraSection, *, layers: int | None, templ
         UserError: the base can't be found, or the adapter is another than `lora` says.
     """
     config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-    for key, wanted, found in (("rank", lora.rank, config["r"]), ("alpha", lora.alpha, config["lora_alpha"])):
+    for key, wanted, found in (
+        ("rank", lora.rank, config["r"]),
+        ("alpha", lora.alpha, config["lora_alpha"]),
+        ("dropout", lora.dropout, config["lora_dropout"]),
+    ):
         if wanted != found:
             raise UserError(
                 f"model.lora.{key} is {wanted:g}, and the adapters at {folder} have {found:g}: say the same"
             )
     part = _load(folder, layers=layers, template=template, trainable=True)
+    _refuse_other_targets(part, lora, folder)
     part.peft_config["default"].base_model_name_or_path = config["base_model_name_or_path"]
     return part
+
+
+def _refuse_other_targets(part: Any, lora: LoraSection, folder: Path) -> None:
+    """By the matrices that are meant: peft names them in full, or by their last name."""
+    names, ends = [name for name, _ in part.get_base_model().named_modules()], tuple(f".{t}" for t in lora.targets)
+    found = set(part.base_model.targeted_module_names)
+    if lora.targets and found != {name for name in names if f".{name}".endswith(ends)}:
+        have = ", ".join(sorted({name.rpartition(".")[2] for name in found}))
+        raise UserError(
+            f"model.lora.targets is {', '.join(lora.targets)}, and the adapters at {folder} have {have}: leave it out"
+        )
 
 
 def _load(folder: Path, *, layers: int | None, template: TemplateSettings, trainable: bool = False) -> Any:

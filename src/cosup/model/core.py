@@ -256,12 +256,12 @@ class CoSupModel(nn.Module):
         Args:
             section: the recipe's `model`.
             seed: of what is initialised.
-            template: the layout of text; adapters that go on keep theirs.
+            template: the layout of text; adapters that go on keep theirs, and refuse another `max_passage_tokens`.
             retriever: whether Emb_seq encodes both sides, as `separate` training asks.
         """
         keep_freed_memory()
         if goes_on(section):
-            return cls._going_on(section, retriever=retriever)
+            return cls._going_on(section, template, retriever=retriever)
         template = template or TemplateSettings()
         gen, tokenizer = load_lm(section.gen)
         torch.manual_seed(seed)
@@ -282,20 +282,19 @@ class CoSupModel(nn.Module):
         return model
 
     @classmethod
-    def _going_on(cls, section: ModelSection, *, retriever: bool) -> Self:
+    def _going_on(cls, section: ModelSection, template: TemplateSettings | None, *, retriever: bool) -> Self:
         parts = folders.read(Path(section.gen), torch.float32, lora=section.lora)
+        saved, limit = parts.settings, parts.settings.template.max_passage_tokens
         for key, wanted, found in (
-            ("model.emb", section.emb or section.gen, "gen" if parts.settings.emb_is_gen else section.gen),
-            ("model.emb_layers", section.emb_layers or parts.settings.emb_layers, parts.settings.emb_layers),
-            ("a separate retriever", retriever, parts.settings.retriever),
+            ("model.emb", section.emb or section.gen, "gen" if saved.emb_is_gen else section.gen),
+            ("model.emb_layers", section.emb_layers or saved.emb_layers, saved.emb_layers),
+            ("model.pooling", saved.pooling if section.pooling == "auto" else section.pooling, saved.pooling),
+            ("data.max_passage_tokens", template.max_passage_tokens if template else limit, limit),
+            ("a separate retriever", retriever, saved.retriever),
         ):
             if wanted != found:
-                raise UserError(
-                    f"{section.gen} goes on as it is, with {key} {found!r} and not {wanted!r}: leave that out"
-                )
-        settings = parts.settings.model_copy(
-            update={"similarity": section.similarity, "temperature": section.temperature}
-        )
+                raise UserError(f"{section.gen} goes on as it is, with {key} {found!r} and not {wanted!r}: change that")
+        settings = saved.model_copy(update={"similarity": section.similarity, "temperature": section.temperature})
         return cls._of_parts(parts._replace(settings=settings)).float()
 
     @classmethod

@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import io
+import logging
 import socket
 import sys
 import urllib.request
@@ -22,6 +24,8 @@ from transformers.utils import logging as transformers_logging
 from cosup.config import RELEASED, UserError
 from cosup.files import atomic_folder, cache_folder
 from cosup.template import TemplateSettings, Tokenizer, with_control_tokens
+
+logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 SMOLLM2 = "smollm2-135m"
@@ -190,8 +194,16 @@ def _package(module: str, *, model: str, install: str) -> Path:
 
 
 def _released() -> Path:
-    """The model that comes with cosup."""
-    return Path(__file__).parent / "released" / RELEASED
+    """The model that comes with cosup, whatever lies where a command happens to run; that is named in a warning."""
+    ours, local = Path(__file__).parent / "released" / RELEASED, Path(RELEASED).resolve()
+    if (local / "cosup.json").is_file() and local != ours.resolve():
+        _pass_over(local)
+    return ours
+
+
+@functools.cache  # once
+def _pass_over(folder: Path) -> None:
+    logger.warning("%s is the model that comes with cosup; name %s by this whole path to mean it", RELEASED, folder)
 
 
 _PACKAGED = {SMOLLM2: _smollm2, ALL_MINILM: _all_minilm, RELEASED: _released}

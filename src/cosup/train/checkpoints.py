@@ -32,12 +32,13 @@ WEIGHTS = "model.safetensors"
 SHARDS = "shards"
 """Folder of the same, as FSDP2 spreads them."""
 
+_PROJECTION = "projection.weight"
 _MANIFEST = "checksums.json"
 _KEPT = 2
 
 
 def save_trained(model: CoSupModel, folder: Path) -> None:
-    """Writes the weights that are trained; the others are those that the recipe starts from.
+    """Writes the weights that are trained, and the projection, which is fitted; others are as the recipe starts them.
 
     To `model.safetensors`, or, where FSDP2 spreads them over processes, each process's part to `shards/`: every process
     has to call it then, and none gathers the whole.
@@ -46,7 +47,7 @@ def save_trained(model: CoSupModel, folder: Path) -> None:
         model: knows which are trained.
         folder: is there.
     """
-    weights = {name: p.detach() for name, p in _trained(model).items()}
+    weights = {name: p.detach() for name, p in _kept(model).items()}
     if is_sharded(model):
         (folder / SHARDS).mkdir(exist_ok=True)
         save(weights, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
@@ -69,21 +70,25 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def load_trained(model: CoSupModel, folder: Path) -> None:
     """Puts back what `save_trained` wrote, whether it or `model` is sharded, over any number of processes.
 
-    Where `model` is sharded, every process has to call it.
+    Where `model` is sharded, every process has to call it. A frozen projection stays as it is where the checkpoint, of
+    an earlier version, lacks it; see `holds_projection`.
 
     Raises:
         UserError: it is of another model.
     """
-    trained = _trained(model)
-    shapes = {name: p.shape for name, p in trained.items()}
     reader = HuggingFaceStorageReader(str(weights_in(folder)))
-    held: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
-    if shapes != {name: weight.size for name, weight in held.items()}:
+    held = _held(reader)
+    weights = {name: p.detach() for name, p in _kept(model).items() if p.requires_grad or name in held}
+    if {name: weight.shape for name, weight in weights.items()} != {name: w.size for name, w in held.items()}:
         raise UserError(f"{folder} holds the weights of another model; name the recipe that it was trained with")
-    weights = {name: p.detach() for name, p in trained.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a process that loads alone is told that it does
         load(weights, storage_reader=reader, no_dist=not is_sharded(model))  # in their place
+
+
+def holds_projection(folder: Path) -> bool:
+    """Whether a checkpoint holds the projection. Raises UserError if it has no weights."""
+    return _PROJECTION in _held(HuggingFaceStorageReader(str(weights_in(folder))))
 
 
 def weights_in(folder: Path) -> Path:
@@ -94,8 +99,13 @@ def weights_in(folder: Path) -> Path:
     raise UserError(f"{folder} has no {WEIGHTS}, so it is not a whole checkpoint; name another")
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _held(reader: HuggingFaceStorageReader) -> Mapping[str, Any]:
+    held: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    return held
+
+
+def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or name == _PROJECTION}
 
 
 def finish_checkpoint(folder: Path, step: int, *, best: Path | None) -> None:

@@ -13,8 +13,8 @@ from cosup.config import UserError, load_recipe
 from cosup.files import atomic_folder
 from cosup.model import CoSupModel, Dtype, compute_dtype, find_model
 from cosup.model.folders import retype, set_answers
-from cosup.train.checkpoints import load_trained, weights_in
-from cosup.train.run import model_card, start_model
+from cosup.train.checkpoints import holds_projection, load_trained, weights_in
+from cosup.train.run import are_strangers, model_card, start_model
 
 
 def export_model(
@@ -54,7 +54,9 @@ def _export(source: Path, out: Path, new: Path, *, merge: bool) -> None:
     if folder.resolve() == out.resolve():
         raise UserError(f"{out} is the model itself; name another folder with --out")
     if merge and any(folder.glob("*/adapter_config.json")):
-        CoSupModel.load(folder, dtype="float32", device="cpu").save(new, card=(folder / "README.md").read_text("utf-8"))
+        card = folder / "README.md"
+        text = card.read_text("utf-8") if card.is_file() else ""
+        CoSupModel.load(folder, dtype="float32", device="cpu").save(new, card=text)
     else:
         shutil.copytree(folder, new, dirs_exist_ok=True)
 
@@ -71,6 +73,11 @@ def _export_checkpoint(checkpoint: Path, out: Path, *, merge: bool) -> None:
     settings = load_recipe(recipe)
     model = start_model(settings).to(_dtype(checkpoint))
     load_trained(model, checkpoint)
+    if are_strangers(settings, model) and not holds_projection(checkpoint):
+        raise UserError(
+            f"{checkpoint} lacks its frozen projection, which an earlier version did not save: run `cosup train` again "
+            "to its end, and export the run"
+        )
     state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
     model.save(out, card=model_card(settings, state["log_history"]), merge=merge)
 

@@ -21,7 +21,7 @@ from cosup.config import Recipe, UserError, dump_recipe, load_recipe
 from cosup.files import atomic_file, explained
 from cosup.model import CoSupModel, compute_dtype, goes_on
 from cosup.template import TemplateSettings
-from cosup.train.checkpoints import is_sharded, newest_checkpoint, whole_weights
+from cosup.train.checkpoints import holds_projection, is_sharded, newest_checkpoint, whole_weights
 from cosup.train.collate import Collator, NeighbourSampler
 from cosup.train.estimate import expectations
 from cosup.train.layers import quicken
@@ -72,9 +72,10 @@ def train_recipe(
         on_start(_summary(recipe, model, data, compiled=compiled) | expectations(recipe, model, data))
     processes.wait_for_everyone()
     with explained(run):
-        checkpoint = _resumed(run)
-        _meet(recipe, model, data, trainer.args.device, resumed=checkpoint is not None)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = newest_checkpoint(run / "checkpoints")
+        if checkpoint is None or not holds_projection(checkpoint):
+            _meet(recipe, model, data, trainer.args.device)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if data.shortened:
         logger.warning(
             "%d passages were shortened to data.max_passage_tokens = %d",
@@ -129,17 +130,16 @@ def _trainer(
     )
 
 
-def _are_strangers(recipe: Recipe, model: CoSupModel) -> bool:
+def are_strangers(recipe: Recipe, model: CoSupModel) -> bool:
+    """Whether the projection of the model that a recipe starts from is fitted before the first step."""
     return model.projection is not None and recipe.train.objective != "ntp" and not goes_on(recipe.model)
 
 
-def _meet(recipe: Recipe, model: CoSupModel, data: TrainingData, device: torch.device, *, resumed: bool) -> None:
+def _meet(recipe: Recipe, model: CoSupModel, data: TrainingData, device: torch.device) -> None:
     """Fits a projection that has learnt nothing yet to retrievals of the training data."""
-    if not _are_strangers(recipe, model):
+    if not are_strangers(recipe, model):
         return
     assert model.projection is not None
-    if resumed and model.projection.weight.requires_grad:  # it is in the checkpoint, which holds what is trained
-        return
     drawn = random.Random(recipe.seed).sample(range(len(data.examples)), min(_FITTED, len(data.examples)))
     rows = [row for row in map(data.examples.__getitem__, drawn) if row.ret]
     if not rows:
@@ -149,11 +149,6 @@ def _meet(recipe: Recipe, model: CoSupModel, data: TrainingData, device: torch.d
         model.to(device).eval()
         model.fit_projection([row.ids[: row.ret[0] + 1] for row in rows], [data.sequences[row.gold[0]] for row in rows])
     model.to(before).train(training)
-
-
-def _resumed(run: Path) -> str | None:
-    checkpoint = newest_checkpoint(run / "checkpoints")
-    return str(checkpoint) if checkpoint else None
 
 
 def remove_run(run: Path) -> None:
@@ -222,7 +217,7 @@ def _summary(recipe: Recipe, model: CoSupModel, data: TrainingData, *, compiled:
         "until": " or ".join(f"{limit} {unit}" for limit, unit in limits if limit),
         "computes in": str(next(model.parameters()).dtype).removeprefix("torch.") + (", compiled" if compiled else ""),
     }
-    if _are_strangers(recipe, model):
+    if are_strangers(recipe, model):
         table["begins with"] = f"fitting the projection to {min(_FITTED, len(data.examples)):,} examples"
     if data.left_out:
         table["left out"] = ", ".join(f"{count:,} ({reason})" for reason, count in data.left_out.items())

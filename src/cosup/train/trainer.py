@@ -33,6 +33,29 @@ from cosup.train.step import Metrics, backward_in_chunks, objective_loss
 
 logger = logging.getLogger(__name__)
 
+# fields of TrainingArguments that we leave without effect, or that break our step, by the key of ours that does it
+_REFUSED = {
+    field: key
+    for key, fields in {
+        "weight_decay": "weight_decay",
+        "schedule": "lr_scheduler_type lr_scheduler_kwargs",
+        "warmup": "warmup_steps warmup_ratio",
+        "dtype": "fp16 bf16_full_eval fp16_full_eval",
+        "compile": "torch_compile torch_compile_backend torch_compile_mode",
+        "activation_checkpointing": "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
+        "gradient_checkpointing_kwargs",
+        "chunk_size": "auto_find_batch_size",
+        "neighbours": "train_sampling_strategy length_column_name",
+        "eval_steps": "load_best_model_at_end greater_is_better do_eval",
+        "": "optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor "
+        "neftune_noise_alpha use_liger_kernel liger_kernel_config use_cache average_tokens_across_devices label_names "
+        "prediction_loss_only eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
+        "include_for_metrics batch_eval_metrics do_train do_predict resume_from_checkpoint push_to_hub hub_model_id "
+        "hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
+    }.items()
+    for field in fields.split()
+}
+
 
 class CoSupTrainer(Trainer):
     """A transformers.Trainer that trains a CoSupModel on examples.
@@ -294,10 +317,12 @@ class Clock(TrainerCallback):
             self._agree()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ends the run when the budget is spent."""
+        """Ends the run when the budget is spent; its last step is judged, and saved, where there is a dev set."""
         if self._budget and self._now >= self._budget:
             control.should_training_stop = True
             control.should_log = True
+            if args.eval_strategy == "steps":
+                control.should_evaluate = control.should_save = True
 
 
 class MetricsFile(TrainerCallback):
@@ -376,6 +401,9 @@ def _arguments(section: TrainSection, folder: Path, seed: int, *, examples: int)
         raise UserError(
             f"train.trainer.{clash[0]} is set by the recipe itself: see `learning_rate`, `save_steps` and others"
         )
+    for field in sorted(set(_REFUSED) & set(section.trainer)):
+        instead = f"set train.{_REFUSED[field]} instead" if _REFUSED[field] else "leave it out"
+        raise UserError(f"train.trainer.{field} has no effect here: {instead}")
     try:
         arguments = TrainingArguments(**(ours | section.trainer))
     except (TypeError, ValueError) as e:
