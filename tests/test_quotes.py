@@ -76,7 +76,7 @@ def test_nothing_is_quoted_that_was_not_read(t: Template) -> None:
 
 
 def test_of_a_title_that_was_cut_no_text_was_read(t: Template) -> None:
-    passage = Passage("p", "Zebras were first seen here.", "A long title of many words. " * 9)
+    passage = Passage("p", "Zebras were first seen here. " * 30, "A long title of many words. " * 9)
     ids = t.encode(t.passage_text(passage))
     assert text_read(passage, ids[:20], t) == ""
     assert text_read(passage, ids, t) == passage.text
